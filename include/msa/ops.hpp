@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operations of MiniMax Sparse Attention (arXiv 2606.13392): one argument struct each, used as
+//
+//   msa::SparseAttentionForward args{.q = q, .k = k, .v = v, .block_ids = ids, .out = out};
+//   auto plan = msa::plan(args);                       // host only: checks shapes, picks a backend
+//   std::vector<std::byte> workspace(plan.workspace_bytes());
+//   plan.run(args, workspace);                         // allocates nothing, synchronises nothing
+//
+// Conventions shared by every operation:
+//  * Causal, aligned at the bottom right: query i of a sequence with seq_len_q queries and
+//  seq_len_k
+//    keys stands at position p = seq_len_k - seq_len_q + i and sees keys 0..p. A query with p < 0
+//    sees nothing: its out is 0, its lse -inf, its block_ids all -1.
+//  * Block b of a sequence is its tokens [b * block_size, (b + 1) * block_size). The local block of
+//  a
+//    query is p / block_size.
+//  * Index head g serves KV head g and query heads [g * group_size, (g + 1) * group_size).
+//  * Tensors may be strided. Shapes below are logical. All tensors of one call are on one device.
+//  * plan() throws msa::Error for anything knowable from shapes; run() on host tensors also checks
+//    the offsets and lengths in Batch. Values on a GPU can't be checked: block ids and page ids out
+//    of range are skipped by every backend, as if the block were masked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "msa/export.hpp"
+#include "msa/tensor.hpp"
+
+namespace msa {
+
+/// What is fixed for a model.
+struct Problem {
+  int num_q_heads = 64;
+  int num_kv_heads = 4;      ///< Also the number of index query heads; divides num_q_heads.
+  int head_dim = 128;        ///< Of q, k and v.
+  int index_dim = 128;       ///< Of index_q and index_k.
+  int block_size = 128;      ///< Tokens per KV block, a power of two >= 16; also the page size.
+  int top_k = 16;            ///< Blocks attended per query, forced ones included.
+  int num_init_blocks = 0;   ///< First blocks of a sequence that are always selected.
+  int num_local_blocks = 1;  ///< Last causally visible blocks that are always selected, >= 1.
+
+  constexpr int group_size() const { return num_q_heads / num_kv_heads; }
+};
+
+/// How the packed tensors divide into sequences.
+///
+/// Ragged keys: `k` is [total_k, heads, dim] and cu_seqlens_k gives the offsets; not given means
+/// one sequence of all keys. Paged keys: `k` is [num_pages, heads, block_size, dim], page_table and
+/// seq_lens_k are given, and page p of a sequence holds its block p. Where cu_seqlens_q is not
+/// given, every sequence has total_q / batch_size queries (so decode needs none).
+struct Batch {
+  TensorView cu_seqlens_q{};  ///< i32 [batch_size + 1], from 0, ascending, ends with total_q.
+  TensorView cu_seqlens_k{};  ///< i32 [batch_size + 1], from 0, ascending, ends with total_k.
+  TensorView
+      page_table{};  ///< i32 [batch_size, max_pages], page ids; unused entries may be anything.
+  TensorView
+      seq_lens_k{};  ///< i32 [batch_size], with page_table; includes the queries' own tokens.
+  std::int64_t max_seq_len_q = 0;  ///< Upper bound known to the caller; 0: what the shapes allow.
+  std::int64_t max_seq_len_k = 0;  ///< Upper bound known to the caller; 0: what the shapes allow.
+};
+
+/// Index Branch scores, max-pooled over the causally visible tokens of each block (paper eqs 5-6).
+/// A token whose score is NaN never wins: it counts as -inf.
+struct IndexerScores {
+  Problem problem{};
+  Batch batch{};
+  TensorView index_q{};      ///< [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};      ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
+  float index_scale = 0.0f;  ///< 0 means 1 / sqrt(index_dim).
+  TensorView
+      block_scores{};  ///< f32 [num_kv_heads, total_q, num_blocks]; -inf where nothing is visible.
+};
+
+/// The top_k blocks of each row (paper eq 7): forced blocks first (local, then init), the rest by
+/// score; ties go to the lowest block id, NaN ranks below -inf. Only visible blocks are taken.
+struct SelectTopK {
+  Problem problem{};
+  Batch batch{};              ///< Keys may be described by cu_seqlens_k or seq_lens_k alone.
+  TensorView block_scores{};  ///< f32 [num_kv_heads, total_q, num_blocks]
+  TensorView block_ids{};     ///< i32 [num_kv_heads, total_q, top_k], ascending, then -1.
+};
+
+/// IndexerScores and SelectTopK in one; block scores are never stored for a whole prompt.
+struct Indexer {
+  Problem problem{};
+  Batch batch{};
+  TensorView index_q{};    ///< [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};    ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
+  TensorView block_ids{};  ///< i32 [num_kv_heads, total_q, top_k], ascending, then -1.
+};
+
+/// Main Branch: exact softmax attention over the selected blocks (paper eq 8).
+/// block_ids may stand in any order and must be unique within a row; -1 and ids of blocks that the
+/// query can't see are skipped. `out` must not overlap an input.
+struct SparseAttentionForward {
+  Problem problem{};
+  Batch batch{};
+  TensorView q{};              ///< [total_q, num_q_heads, head_dim]
+  TensorView k{};              ///< [total_k, num_kv_heads, head_dim] or
+                               ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView v{};              ///< Shaped like k.
+  TensorView block_ids{};      ///< i32 [num_kv_heads, total_q, top_k]
+  float softmax_scale = 0.0f;  ///< 0 means 1 / sqrt(head_dim).
+  TensorView out{};            ///< [total_q, num_q_heads, head_dim]
+  TensorView lse{};  ///< f32 [total_q, num_q_heads], natural log, -inf for empty rows; optional.
+};
+
+/// Causal attention over every visible token: the comparison, and the dense layers of a model.
+struct DenseAttentionForward {
+  Problem problem{};
+  Batch batch{};
+  TensorView q{};              ///< [total_q, num_q_heads, head_dim]
+  TensorView k{};              ///< As in SparseAttentionForward.
+  TensorView v{};              ///< Shaped like k.
+  float softmax_scale = 0.0f;  ///< 0 means 1 / sqrt(head_dim).
+  TensorView out{};            ///< [total_q, num_q_heads, head_dim]
+  TensorView lse{};            ///< f32 [total_q, num_q_heads]; optional.
+};
+
+/// Gradients of SparseAttentionForward. Ragged keys only. The selection is a constant: keys of
+/// unselected blocks get exactly 0. Without block_ids the support is every visible token (the
+/// warm-up stage, where the Main Branch is dense).
+struct SparseAttentionBackward {
+  Problem problem{};
+  Batch batch{};
+  TensorView q{};              ///< [total_q, num_q_heads, head_dim]
+  TensorView k{};              ///< [total_k, num_kv_heads, head_dim]
+  TensorView v{};              ///< [total_k, num_kv_heads, head_dim]
+  TensorView block_ids{};      ///< i32 [num_kv_heads, total_q, top_k]; optional.
+  TensorView out{};            ///< Of the forward pass.
+  TensorView lse{};            ///< Of the forward pass, f32 or f64 [total_q, num_q_heads].
+  TensorView dout{};           ///< [total_q, num_q_heads, head_dim]
+  float softmax_scale = 0.0f;  ///< 0 means 1 / sqrt(head_dim).
+  TensorView dq{};             ///< Shaped like q.
+  TensorView dk{};             ///< Shaped like k.
+  TensorView dv{};             ///< Shaped like v.
+};
+
+/// The KL alignment loss of one layer and its gradients (paper eqs 9-11), both scaled by
+/// loss_coefficient / (total_q * num_kv_heads). The teacher is the mean over a group's heads of
+/// each head's softmax on the support; it gets no gradient. Support: the visible tokens of the
+/// selected blocks, or every visible token where block_ids is not given (warm-up). Ragged keys
+/// only.
+struct IndexerKlBackward {
+  Problem problem{};
+  Batch batch{};
+  TensorView q{};                 ///< Teacher, [total_q, num_q_heads, head_dim]
+  TensorView k{};                 ///< Teacher, [total_k, num_kv_heads, head_dim]
+  TensorView index_q{};           ///< Student, [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};           ///< Student, [total_k, 1, index_dim]
+  TensorView block_ids{};         ///< i32 [num_kv_heads, total_q, top_k]; optional.
+  float softmax_scale = 0.0f;     ///< 0 means 1 / sqrt(head_dim).
+  float index_scale = 0.0f;       ///< 0 means 1 / sqrt(index_dim).
+  float loss_coefficient = 1.0f;  ///< The paper's lambda.
+  TensorView loss{};              ///< f32 or f64 [1]; optional.
+  TensorView dindex_q{};          ///< Shaped like index_q; optional together with dindex_k.
+  TensorView dindex_k{};          ///< Shaped like index_k.
+};
+
+/// Writes the newest tokens of each sequence into its pages: token i of sequence b goes to position
+/// seq_lens_k[b] - seq_len_q + i. A token whose page id is out of range is dropped. Rows outside
+/// those positions are not touched. Each of the three (new, pages) pairs is optional.
+struct AppendKv {
+  Problem problem{};
+  Batch batch{};               ///< page_table and seq_lens_k are required.
+  TensorView k{};              ///< [total_q, num_kv_heads, head_dim]
+  TensorView v{};              ///< [total_q, num_kv_heads, head_dim]
+  TensorView index_k{};        ///< [total_q, 1, index_dim]
+  TensorView k_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView v_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView index_k_pages{};  ///< [num_pages, 1, block_size, index_dim]
+};
+
+/// A CUDA stream (cudaStream_t) for device tensors; ignored for host tensors.
+struct Stream {
+  void* handle = nullptr;
+};
+
+struct Options {
+  /// Name of the implementation to use ("reference", "cpu", ...); null: $MSA_BACKEND, or else the
+  /// first of the ordered list that takes the request.
+  const char* backend = nullptr;
+  /// Results are bitwise repeatable. Paths that cannot promise it decline.
+  bool deterministic = true;
+};
+
+namespace detail {
+template <class Args>
+struct Implementation;
+}
+
+/// A checked request bound to one implementation. Cheap to make and to copy; needs no device.
+template <class Args>
+class MSA_API Plan {
+ public:
+  std::size_t workspace_bytes() const;
+  /// Name of the chosen implementation, for example "cpu".
+  const char* implementation() const;
+  /// Runs on `args`, which must have the shapes, strides and dtypes that were planned; pointers may
+  /// differ. `workspace` must hold workspace_bytes(), aligned to 64 bytes (256 on a GPU), and must
+  /// not be shared by calls that run at the same time.
+  void run(const Args& args, std::span<std::byte> workspace = {}, Stream stream = {}) const;
+
+ private:
+  template <class A>
+  friend Plan<A> make_plan(const A& args, const Options& options);
+  Args planned_{};
+  const detail::Implementation<Args>* implementation_ = nullptr;
+  std::size_t workspace_bytes_ = 0;
+};
+
+[[nodiscard]] MSA_API Plan<IndexerScores> plan(const IndexerScores&, const Options& = {});
+[[nodiscard]] MSA_API Plan<SelectTopK> plan(const SelectTopK&, const Options& = {});
+[[nodiscard]] MSA_API Plan<Indexer> plan(const Indexer&, const Options& = {});
+[[nodiscard]] MSA_API Plan<SparseAttentionForward> plan(const SparseAttentionForward&,
+                                                        const Options& = {});
+[[nodiscard]] MSA_API Plan<DenseAttentionForward> plan(const DenseAttentionForward&,
+                                                       const Options& = {});
+[[nodiscard]] MSA_API Plan<SparseAttentionBackward> plan(const SparseAttentionBackward&,
+                                                         const Options& = {});
+[[nodiscard]] MSA_API Plan<IndexerKlBackward> plan(const IndexerKlBackward&, const Options& = {});
+[[nodiscard]] MSA_API Plan<AppendKv> plan(const AppendKv&, const Options& = {});
+
+}  // namespace msa

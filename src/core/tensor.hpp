@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Memory owned by tests, tools and the model runtime; the library itself owns none.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <span>
+
+#include "msa/tensor.hpp"
+
+namespace msa::core {
+
+/// Zeroed host memory aligned for any vector width, freed with the object.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  explicit HostBuffer(std::size_t bytes) : bytes_(bytes) {
+    const std::size_t rounded = std::max<std::size_t>((bytes + 63) / 64 * 64, 64);
+    data_.reset(static_cast<std::byte*>(std::aligned_alloc(64, rounded)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(data_.get(), 0, rounded);
+  }
+
+  std::byte* data() const { return data_.get(); }
+  std::size_t size() const { return bytes_; }
+  std::span<std::byte> span() const { return {data_.get(), bytes_}; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const { std::free(data); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  std::size_t bytes_ = 0;
+};
+
+/// A contiguous, zeroed host tensor.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DType dtype, std::initializer_list<std::int64_t> shape)
+      : view_(TensorView::contiguous(nullptr, dtype, {}, shape)),
+        buffer_(size_of(dtype) * static_cast<std::size_t>(view_.num_elements())) {
+    view_.data = buffer_.data();
+  }
+
+  const TensorView& view() const { return view_; }
+  operator const TensorView&() const { return view_; }
+
+  template <class T>
+  T* data() const {
+    return reinterpret_cast<T*>(buffer_.data());
+  }
+  template <class T>
+  std::span<T> span() const {
+    return {data<T>(), static_cast<std::size_t>(view_.num_elements())};
+  }
+
+ private:
+  TensorView view_{};
+  HostBuffer buffer_;
+};
+
+}  // namespace msa::core

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/thread_pool.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/env.hpp"
+#include "msa/backend.hpp"
+
+namespace msa {
+namespace core {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+int default_num_threads() {
+  const std::string text = env("MSA_NUM_THREADS");
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc{} && end == text.data() + text.size() && value > 0) {
+    return std::min(value, kMaxThreads);
+  }
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+class ThreadPool {
+ public:
+  static ThreadPool& instance() {
+    static ThreadPool pool;
+    return pool;
+  }
+
+  int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
+
+  void set_num_threads(int count) {
+    const std::lock_guard run_lock(run_mutex_);
+    stop_workers();
+    num_threads_ = std::clamp(count, 1, kMaxThreads);
+  }
+
+  void run(std::int64_t count, void (*task)(void*, std::int64_t, int), void* context) {
+    // One parallel region at a time: a second caller waits here, so two engine threads may share
+    // the pool without oversubscribing the machine.
+    const std::lock_guard run_lock(run_mutex_);
+    if (count <= 1 || num_threads() == 1) {
+      for (std::int64_t i = 0; i < count; ++i) task(context, i, 0);
+      return;
+    }
+    start_workers();
+    {
+      const std::lock_guard lock(mutex_);
+      task_ = task;
+      context_ = context;
+      count_ = count;
+      next_ = 0;
+      busy_ = static_cast<int>(workers_.size());
+      ++generation_;
+    }
+    wake_.notify_all();
+    take_tasks(0);
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  ThreadPool() : num_threads_(default_num_threads()) {}
+  ~ThreadPool() { stop_workers(); }
+
+  void take_tasks(int worker) {
+    for (;;) {
+      const std::int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+      if (index >= count_) return;
+      task_(context_, index, worker);
+    }
+  }
+
+  void start_workers() {
+    for (int worker = static_cast<int>(workers_.size()) + 1; worker < num_threads(); ++worker) {
+      workers_.emplace_back([this, worker, seen = generation_]() mutable {
+        for (;;) {
+          {
+            std::unique_lock lock(mutex_);
+            wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+            if (stop_) return;
+            seen = generation_;
+          }
+          take_tasks(worker);
+          const std::lock_guard lock(mutex_);
+          if (--busy_ == 0) done_.notify_one();
+        }
+      });
+    }
+  }
+
+  void stop_workers() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stop_ = false;
+  }
+
+  std::atomic<int> num_threads_;
+  std::mutex run_mutex_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  std::vector<std::thread> workers_;
+  void (*task_)(void*, std::int64_t, int) = nullptr;
+  void* context_ = nullptr;
+  std::int64_t count_ = 0;
+  std::atomic<std::int64_t> next_{0};
+  std::uint64_t generation_ = 0;
+  int busy_ = 0;
+  bool stop_ = false;
+};
+
+}  // namespace
+
+void parallel_for(std::int64_t count, void (*task)(void*, std::int64_t, int), void* context) {
+  ThreadPool::instance().run(count, task, context);
+}
+
+}  // namespace core
+
+void set_num_threads(int num_threads) { core::ThreadPool::instance().set_num_threads(num_threads); }
+int num_threads() { return core::ThreadPool::instance().num_threads(); }
+
+}  // namespace msa

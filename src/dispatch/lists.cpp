@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One ordered list per operation: with `declines` this is the whole dispatch heuristic. A new
+// kernel adds its row here, above those it beats.
+#include "dispatch/lists.hpp"
+
+#include "cpu/cpu.hpp"
+#include "reference/reference.hpp"
+
+namespace msa::dispatch {
+namespace {
+
+template <class Args>
+using List = const detail::Implementation<Args>*;
+
+constexpr List<IndexerScores> kIndexerScores[] = {&cpu::kIndexerScores, &reference::kIndexerScores};
+constexpr List<SelectTopK> kSelectTopK[] = {&cpu::kSelectTopK, &reference::kSelectTopK};
+constexpr List<Indexer> kIndexer[] = {&cpu::kIndexer, &reference::kIndexer};
+constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
+    &cpu::kSparseAttentionForward, &reference::kSparseAttentionForward};
+constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
+    &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
+constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
+    &reference::kSparseAttentionBackward};
+constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&reference::kIndexerKlBackward};
+constexpr List<AppendKv> kAppendKv[] = {&cpu::kAppendKv, &reference::kAppendKv};
+
+}  // namespace
+
+template <>
+std::span<const List<IndexerScores>> implementations_of() {
+  return kIndexerScores;
+}
+template <>
+std::span<const List<SelectTopK>> implementations_of() {
+  return kSelectTopK;
+}
+template <>
+std::span<const List<Indexer>> implementations_of() {
+  return kIndexer;
+}
+template <>
+std::span<const List<SparseAttentionForward>> implementations_of() {
+  return kSparseAttentionForward;
+}
+template <>
+std::span<const List<DenseAttentionForward>> implementations_of() {
+  return kDenseAttentionForward;
+}
+template <>
+std::span<const List<SparseAttentionBackward>> implementations_of() {
+  return kSparseAttentionBackward;
+}
+template <>
+std::span<const List<IndexerKlBackward>> implementations_of() {
+  return kIndexerKlBackward;
+}
+template <>
+std::span<const List<AppendKv>> implementations_of() {
+  return kAppendKv;
+}
+
+}  // namespace msa::dispatch
