@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "msa/export.hpp"
+#include "msa/export.h"
 
 namespace msa {
 
