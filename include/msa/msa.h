@@ -247,7 +247,7 @@ MSA_API const char* msa_backend_name(int32_t index);  /* null where out of range
 MSA_API int32_t msa_backend_available(int32_t index); /* 1 or 0 */
 
 /* Threads of the CPU backend; not during a run. */
-MSA_API void msa_set_num_threads(int32_t num_threads);
+MSA_API msa_status msa_set_num_threads(int32_t num_threads);
 MSA_API int32_t msa_num_threads(void);
 
 #ifdef __cplusplus

@@ -304,9 +304,14 @@ int32_t msa_backend_available(int32_t index) {
   return available;
 }
 
-void msa_set_num_threads(int32_t num_threads) {
-  guarded([&] { msa::set_num_threads(num_threads); });
+msa_status msa_set_num_threads(int32_t num_threads) {
+  return guarded([&] { msa::set_num_threads(num_threads); });
 }
-int32_t msa_num_threads(void) { return msa::num_threads(); }
+
+int32_t msa_num_threads(void) {
+  int32_t count = 0;
+  guarded([&] { count = msa::num_threads(); });
+  return count;
+}
 
 }  // extern "C"
