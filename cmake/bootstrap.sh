@@ -10,7 +10,7 @@ build_packages='
   g++ cmake ninja-build
   libhwy-dev libdnnl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
   libgtest-dev libbenchmark-dev'
-developer_packages='clang-format-19 clang-tidy-19 python3-minimal ccache shellcheck git make'
+developer_packages='clang-format-19 clang-tidy-19 python3 ccache shellcheck git make'
 
 case "${1:-build}" in
   build) wanted=$build_packages ;;
@@ -52,7 +52,7 @@ if [ "$(id -u)" -ne 0 ]; then
   root=sudo
 fi
 echo "bootstrap: installing $missing"
-$root apt-get update --quiet --quiet
+$root apt-get update -qq
 # shellcheck disable=SC2086  # a list of words
-$root env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends \
+$root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -o Dpkg::Use-Pty=0 --yes --no-install-recommends \
   $missing </dev/null
