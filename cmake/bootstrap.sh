@@ -6,9 +6,10 @@
 #   bootstrap.sh developer  the above and what `.ci/run` needs
 set -eu
 
+# ocl-icd-opencl-dev: Debian's package of oneDNN (libdnnl-dev) needs it and does not say so.
 build_packages='
-  g++ cmake ninja-build
-  libhwy-dev libdnnl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
+  g++ cmake ninja-build pkg-config
+  libhwy-dev libdnnl-dev ocl-icd-opencl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
   libgtest-dev libbenchmark-dev'
 developer_packages='clang-format-19 clang-tidy-19 python3 ccache shellcheck git make'
 
