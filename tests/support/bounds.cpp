@@ -99,7 +99,7 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
   std::vector<double> probability;
   std::vector<double> probability_error;
   for (std::size_t t = 0; t < T.size(); ++t) {
-    const double value = std::exp(S[t] - m);
+    const double value = reference::weight(S[t], m);
     // The maximum's own distance to itself is 0 in f32 too; all others move with both errors.
     const double e = t == best ? 0.0 : errors[t] + errors[best];
     const double high = std::exp(std::min(S[t] - m + e, 300.0));
@@ -111,6 +111,7 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
     sum += value;
     sum_error += error;
   }
+  if (sum == 0.0) return;
   const double rest = std::max(sum - sum_error, 0x1p-126);
   for (std::int64_t d = 0; d < p.head_dim; ++d) {
     double out = 0.0;
