@@ -27,7 +27,7 @@
 #include <memory>
 #include <span>
 
-#include "msa/export.hpp"
+#include "msa/export.h"
 #include "msa/tensor.hpp"
 
 namespace msa {
