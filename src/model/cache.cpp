@@ -3,7 +3,6 @@
 
 #include <sys/mman.h>
 
-#include <numeric>
 #include <utility>
 
 #include "core/check.hpp"
@@ -30,19 +29,21 @@ ReservedMemory::ReservedMemory(ReservedMemory&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
 KvCache::KvCache(const Config& config, std::int64_t max_context, DType dtype, bool with_index)
-    : block_size_(config.attention.block_size), max_context_(max_context), dtype_(dtype) {
+    : dtype_(dtype),
+      pages_((max_context + config.attention.block_size - 1) / config.attention.block_size,
+             config.attention.block_size),
+      sequence_(pages_.create()),
+      page_ids_(DType::i32, {pages_.num_pages()}),
+      seq_lens_k_(DType::i32, {1}) {
   MSA_CHECK(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16,
             "KV cache: dtype is ", name_of(dtype), ", expected f32, f16 or bf16");
   const Problem& p = config.attention;
-  const std::int64_t num_pages = (max_context + block_size_ - 1) / block_size_;
-  page_ids_.resize(static_cast<std::size_t>(num_pages));
-  std::iota(page_ids_.begin(), page_ids_.end(), 0);
   const auto add_pages = [&](std::int64_t heads, std::int64_t dim) {
     TensorView pages =
-        TensorView::contiguous(nullptr, dtype, {}, {num_pages, heads, block_size_, dim});
+        TensorView::contiguous(nullptr, dtype, {}, {pages_.num_pages(), heads, p.block_size, dim});
     const std::size_t bytes = size_of(dtype) * static_cast<std::size_t>(pages.num_elements());
     pages.data = memory_.emplace_back(bytes).data();
-    page_bytes_ += static_cast<std::int64_t>(size_of(dtype)) * heads * block_size_ * dim;
+    page_bytes_ += static_cast<std::int64_t>(size_of(dtype)) * heads * p.block_size * dim;
     return pages;
   };
   for (AttentionKind kind : config.attention_kinds) {
@@ -54,16 +55,11 @@ KvCache::KvCache(const Config& config, std::int64_t max_context, DType dtype, bo
 }
 
 void KvCache::set_length(std::int64_t length) {
-  MSA_CHECK(length >= 0 && length <= max_context_, "KV cache: ", length,
-            " tokens do not fit into max_context, ", max_context_);
-  length_ = length;
-  seq_len_ = static_cast<std::int32_t>(length);
+  if (length < pages_.length(sequence_)) pages_.truncate(sequence_, length);
+  pages_.append(sequence_, length - pages_.length(sequence_));
+  page_table_ =
+      TensorView::contiguous(page_ids_.data<std::int32_t>(), DType::i32, {}, {1, num_blocks()});
+  pages_.fill({&sequence_, 1}, page_table_, seq_lens_k_);
 }
-
-TensorView KvCache::page_table() {
-  return TensorView::contiguous(page_ids_.data(), DType::i32, {}, {1, num_blocks()});
-}
-
-TensorView KvCache::seq_lens_k() { return TensorView::contiguous(&seq_len_, DType::i32, {}, {1}); }
 
 }  // namespace msa::model

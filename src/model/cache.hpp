@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/tensor.hpp"
 #include "model/config.hpp"
+#include "msa/kv_cache.hpp"
 #include "msa/tensor.hpp"
 
 namespace msa::model {
@@ -26,9 +28,9 @@ class ReservedMemory {
   std::size_t bytes_ = 0;
 };
 
-/// Pages of K, V and index K of every layer for one sequence. A page holds one block, and page p of
-/// the sequence has the same id in every layer. Address space is reserved for the whole context;
-/// memory is used page by page.
+/// Pages of K, V and index K of every layer for one sequence. A page holds one block, and a block
+/// has the same page id in every layer. Address space is reserved for the whole context; memory is
+/// used page by page.
 class KvCache {
  public:
   /// `with_index`: sparse layers store index keys (not needed where every layer runs dense).
@@ -37,10 +39,11 @@ class KvCache {
   /// Makes the sequence `length` tokens long; its new positions hold anything until appended to.
   void set_length(std::int64_t length);
 
-  std::int64_t length() const { return length_; }
-  std::int64_t max_context() const { return max_context_; }
+  std::int64_t length() const { return pages_.length(sequence_); }
   DType dtype() const { return dtype_; }
-  std::int64_t num_blocks() const { return (length_ + block_size_ - 1) / block_size_; }
+  std::int64_t num_blocks() const {
+    return static_cast<std::int64_t>(pages_.pages(sequence_).size());
+  }
   /// Bytes of the pages in use.
   std::int64_t bytes_in_use() const { return num_blocks() * page_bytes_; }
 
@@ -48,9 +51,9 @@ class KvCache {
   const TensorView& v_pages(std::int64_t layer) const { return at(layer).v; }
   const TensorView& index_k_pages(std::int64_t layer) const { return at(layer).index_k; }
   /// i32 [1, num_blocks()]
-  TensorView page_table();
+  TensorView page_table() const { return page_table_; }
   /// i32 [1]
-  TensorView seq_lens_k();
+  TensorView seq_lens_k() const { return seq_lens_k_.view(); }
 
  private:
   struct Layer {
@@ -60,13 +63,13 @@ class KvCache {
   };
   const Layer& at(std::int64_t layer) const { return layers_[static_cast<std::size_t>(layer)]; }
 
-  std::int64_t block_size_ = 0;
-  std::int64_t max_context_ = 0;
-  std::int64_t length_ = 0;
-  std::int64_t page_bytes_ = 0;  // one page of everything
   DType dtype_ = DType::f32;
-  std::int32_t seq_len_ = 0;
-  std::vector<std::int32_t> page_ids_;  // [max pages]
+  std::int64_t page_bytes_ = 0;  // one page of everything
+  PagedKvCache pages_;
+  std::int64_t sequence_ = 0;
+  core::Tensor page_ids_;    // i32 [max pages]
+  core::Tensor seq_lens_k_;  // i32 [1]
+  TensorView page_table_{};  // the pages in use
   std::vector<ReservedMemory> memory_;
   std::vector<Layer> layers_;
 };

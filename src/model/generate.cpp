@@ -58,8 +58,7 @@ GenerateResult generate(Transformer& model, std::span<const std::int32_t> prompt
             " (the model's max_position_embeddings is ", model.config().max_position_embeddings,
             ")");
   model.reset();
-  GenerateResult result;
-  result.prompt_tokens = prompt_tokens;
+  GenerateResult result{.prompt_tokens = prompt_tokens};
   result.finish_reason = continue_text(model, prompt, options, result.tokens);
   result.timings = model.timings();
   result.peak_memory_bytes = peak_memory_bytes();

@@ -15,10 +15,10 @@ namespace msa::model {
 struct GenerateOptions {
   std::int64_t max_tokens = 128;
   SamplingOptions sampling{};
-  std::vector<std::int64_t> eos_token_ids;    ///< Any of these ends the text.
+  std::vector<std::int64_t> eos_token_ids{};  ///< Any of these ends the text.
   const std::atomic<bool>* cancel = nullptr;  ///< Set it (from a signal handler, say) to stop.
-  std::function<void(std::int64_t done, std::int64_t total)> on_prefill_progress;  ///< In tokens.
-  std::function<void(std::int32_t id)> on_token;  ///< As each is drawn; not for the end token.
+  std::function<void(std::int64_t done, std::int64_t total)> on_prefill_progress{};  ///< In tokens.
+  std::function<void(std::int32_t id)> on_token{};  ///< As each is drawn; not for the end token.
 };
 
 enum class FinishReason : std::uint8_t { eos, length, cancelled };
@@ -27,7 +27,7 @@ enum class FinishReason : std::uint8_t { eos, length, cancelled };
 const char* name_of(FinishReason reason);
 
 struct GenerateResult {
-  std::vector<std::int32_t> tokens;  ///< Without the end token.
+  std::vector<std::int32_t> tokens{};  ///< Without the end token.
   FinishReason finish_reason = FinishReason::length;
   std::int64_t prompt_tokens = 0;
   Timings timings{};                   ///< Of this call.

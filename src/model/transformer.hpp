@@ -21,14 +21,14 @@ struct RuntimeOptions {
   std::int64_t chunk_tokens = 512;  ///< Tokens that pass through the layers together.
   AttentionMode attention = AttentionMode::msa;
   std::optional<DType>
-      cache_dtype;  ///< f32, f16 or bf16; not given: f32 for f32 weights, else bf16.
+      cache_dtype{};  ///< f32, f16 or bf16; not given: f32 for f32 weights, else bf16.
 };
 
 struct ForwardOptions {
   /// Which of the call's tokens to compute logits for, ascending from 0; empty: the last one.
   std::span<const std::int64_t> logit_rows{};
   const std::atomic<bool>* cancel = nullptr;  ///< Looked at before every layer.
-  std::function<void(std::int64_t done, std::int64_t total)> on_chunk;  ///< After every chunk.
+  std::function<void(std::int64_t done, std::int64_t total)> on_chunk{};  ///< After every chunk.
 };
 
 struct ForwardResult {
