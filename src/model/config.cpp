@@ -165,11 +165,21 @@ void read_rope(const JsonNode& text, Config& config) {
   }
   const std::int64_t head_dim = config.attention.head_dim;
   config.rope_theta = positive(theta, 5e6);
-  // transformers rotates rotary_dim channels whatever the factor says; they agree in real files.
-  config.rotary_dim =
-      !rotary.is_null() || factor.is_null()
-          ? integer(rotary, 64, 0)
-          : static_cast<std::int64_t>(number(factor, 0.5) * static_cast<double>(head_dim));
+  config.rotary_dim = integer(rotary, 64, 0);
+  if (!factor.is_null()) {
+    const auto by_factor =
+        static_cast<std::int64_t>(number(factor, 1.0) * static_cast<double>(head_dim));
+    if (!rotary.is_null() && by_factor != config.rotary_dim) {
+      factor.fail(core::concat("times head_dim ", head_dim, " is ", by_factor,
+                               ", but rotary_dim is ", config.rotary_dim));
+    }
+    config.rotary_dim = by_factor;
+  } else if (!text["rope_parameters"].is_null() && config.rotary_dim != head_dim) {
+    // transformers would rotate all of head_dim here, other engines rotary_dim channels.
+    text["rope_parameters"].fail(core::concat(
+        "has no partial_rotary_factor, so it is open whether ", config.rotary_dim,
+        " channels (rotary_dim) or all ", head_dim, " (head_dim) are rotated; state it"));
+  }
   const std::int64_t narrowest = std::min<std::int64_t>(head_dim, config.attention.index_dim);
   if (config.rotary_dim % 2 != 0 || config.rotary_dim > narrowest) {
     rotary.fail(core::concat("is ", config.rotary_dim, ", expected an even number up to ",
