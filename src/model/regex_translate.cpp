@@ -221,7 +221,6 @@ class Translator {
       case 'K':
       case 'N':
       case 'R':
-      case 'X':
       case 'Z':
       case 'k':
       case 'g':
@@ -285,7 +284,9 @@ class Translator {
            std::isxdigit(static_cast<unsigned char>(in_[end])) != 0) {
       digits += in_[end++];
     }
-    if (digits.empty()) refuse("escape without hexadecimal digits");
+    if (digits.empty() || (peek(1) == 'u' && digits.size() != 4)) {
+      refuse("escape without enough hexadecimal digits");
+    }
     if (braced) {
       if (end >= in_.size() || in_[end] != '}') refuse("\\x{ without }");
       ++end;

@@ -272,7 +272,6 @@ def variants(base, gaps):
         "named_backreference": r"(?<x>[.!?a-f])\k<x>",
         "atomic": r"(?>a+)b|\p{L}*+\d|(?:\s+)?+[,.]",
         "newlines": r"\R|\N{3}",
-        "clusters": r"\X",
         "any": r"\O\O",
         "keep": r"\s\K\w+",
         "caseless_group": r"(?i:[a-c]|the|ı|İ|σ|å)+",
