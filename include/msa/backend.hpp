@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "msa/export.hpp"
+#include "msa/export.h"
 
 namespace msa {
 
@@ -28,7 +28,8 @@ struct BackendInfo {
 MSA_API std::vector<BackendInfo> backends();
 
 /// Threads of the CPU backend, the caller's included. Starts as $MSA_NUM_THREADS, or else the
-/// number of hardware threads. Takes effect at the next run(); not to be called during one.
+/// number of hardware threads. Takes effect at the next run(); not to be called during one. Throws
+/// Error(invalid_argument) outside 1 to 1024.
 MSA_API void set_num_threads(int num_threads);
 MSA_API int num_threads();
 

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/check.hpp"
 #include "core/env.hpp"
 #include "msa/backend.hpp"
 
@@ -20,12 +21,13 @@ constexpr int kMaxThreads = 1024;
 
 int default_num_threads() {
   const std::string text = env("MSA_NUM_THREADS");
+  if (text.empty()) return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   int value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error == std::errc{} && end == text.data() + text.size() && value > 0) {
-    return std::min(value, kMaxThreads);
-  }
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const char* const end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, value);
+  MSA_CHECK(parsed.ec == std::errc{} && parsed.ptr == end && value >= 1 && value <= kMaxThreads,
+            "MSA_NUM_THREADS is '", text, "', expected a number from 1 to ", kMaxThreads);
+  return value;
 }
 
 class ThreadPool {
@@ -38,9 +40,11 @@ class ThreadPool {
   int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
 
   void set_num_threads(int count) {
+    MSA_CHECK(count >= 1 && count <= kMaxThreads, "set_num_threads: num_threads is ", count,
+              ", expected 1 to ", kMaxThreads);
     const std::lock_guard run_lock(run_mutex_);
     stop_workers();
-    num_threads_ = std::clamp(count, 1, kMaxThreads);
+    num_threads_ = count;
   }
 
   void run(std::int64_t count, void (*task)(void*, std::int64_t, int), void* context) {

@@ -21,10 +21,10 @@ struct Config {
   std::int64_t vocab_size = 0;   ///< 200064
   bool tie_word_embeddings = false;
 
-  Problem attention{};            ///< heads 64 / 4, head_dim 128, index_dim 128, block 128, top 16
-  std::int64_t rotary_dim = 0;    ///< 64: the first rotary_dim of head_dim are rotated (NeoX halves)
-  double rope_theta = 0.0;        ///< 5e6
-  double rms_norm_eps = 0.0;      ///< 1e-6; every norm is x / rms(x) * (1 + weight)
+  Problem attention{};          ///< heads 64 / 4, head_dim 128, index_dim 128, block 128, top 16
+  std::int64_t rotary_dim = 0;  ///< 64: the first rotary_dim of head_dim are rotated (NeoX halves)
+  double rope_theta = 0.0;      ///< 5e6
+  double rms_norm_eps = 0.0;    ///< 1e-6; every norm is x / rms(x) * (1 + weight)
   std::int64_t max_position_embeddings = 0;  ///< 1048576: the longest context, in tokens
 
   std::int64_t dense_intermediate_size = 0;   ///< 12288
@@ -42,6 +42,8 @@ struct Config {
   std::vector<std::int64_t> eos_token_ids;
   std::int64_t bos_token_id = -1;  ///< -1: none
   std::string model_type;          ///< as written: "minimax_m3_vl", "minimax_m3_vl_text", ...
+  std::string
+      note;  ///< "msa_note" of config.json: what `msa run` tells the user first; often empty
 };
 
 /// Reads `directory`/config.json: the multimodal form with a nested text_config or the plain text

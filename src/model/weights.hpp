@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The weights of a MiniMax-M3 text model as views into memory-mapped safetensors files. Matrices are
-// [out_features, in_features], row major, in the checkpoint's own dtype (bf16, f16 or f32).
+// The weights of a MiniMax-M3 text model as views into memory-mapped safetensors files. Matrices
+// are [out_features, in_features], row major, in the checkpoint's own dtype (bf16, f16 or f32).
 #pragma once
 
 #include <filesystem>
@@ -51,16 +51,17 @@ struct Weights {
   TensorView final_norm{};    ///< [hidden]
   TensorView lm_head{};       ///< [vocab, hidden]; the embedding where tied
   std::vector<LayerWeights> layers;
-  std::string naming;         ///< which spelling was found: "released" or "transformers"
+  std::string naming;  ///< which spelling was found: "released", "transformers" or "mixed"
+  std::vector<std::string> unused;  ///< tensors of the text model that the config has no place for
   std::int64_t num_parameters = 0;
-  std::int64_t num_bytes = 0;                    ///< of the tensors in use
+  std::int64_t num_bytes = 0;                     ///< of the tensors in use
   std::vector<std::shared_ptr<const void>> maps;  ///< keeps the mapped files alive
 };
 
-/// Maps `directory`/model.safetensors, or the shards of model.safetensors.index.json, and finds every
-/// tensor of the text model under either spelling (docs/model.md lists both). Vision and MTP tensors
-/// are ignored. Throws Error naming the tensor and both shapes (or the file, offset and size) for a
-/// missing tensor, wrong shape, unknown dtype, or truncated or malformed file.
+/// Maps `directory`/model.safetensors, or the shards of model.safetensors.index.json, and finds
+/// every tensor of the text model under either spelling (docs/model.md lists both). Vision and MTP
+/// tensors are ignored. Throws Error naming the tensor and both shapes (or the file, offset and
+/// size) for a missing tensor, wrong shape, unknown dtype, or truncated or malformed file.
 Weights load_weights(const std::filesystem::path& directory, const Config& config);
 
 }  // namespace msa::model

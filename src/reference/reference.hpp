@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The executable specification: double precision, loops in the order of the paper's equations.
-// Runs any valid request on host tensors.
+// Runs any valid request on host tensors. It specifies results, not costs: unlike every other
+// backend its run() allocates.
 #pragma once
 
 #include "core/implementation.hpp"
