@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "msa/export.h"
+
 namespace msa {
 
 enum class ErrorCode : std::uint8_t {
@@ -17,7 +19,7 @@ enum class ErrorCode : std::uint8_t {
 };
 
 /// The only exception type that this library throws.
-class Error : public std::runtime_error {
+class MSA_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
   ErrorCode code() const noexcept { return code_; }

@@ -95,7 +95,8 @@ struct Indexer {
 
 /// Main Branch: exact softmax attention over the selected blocks (paper eq 8).
 /// block_ids may stand in any order and must be unique within a row; -1 and ids of blocks that the
-/// query can't see are skipped. `out` must not overlap an input.
+/// query can't see are skipped. A key whose score is -inf weighs nothing, and a row of only such
+/// keys is an empty row; NaN and +inf scores make the row NaN. `out` must not overlap an input.
 struct SparseAttentionForward {
   Problem problem{};
   Batch batch{};

@@ -86,6 +86,8 @@ void check_keys(const char* op, const char* name, const TensorView& keys, const 
   if (is_paged(batch)) {
     check_tensor(op, name, keys, dtypes, {count, heads, {"block_size", p.block_size}, dim});
   } else {
+    MSA_CHECK(!batch.seq_lens_k.given(), op,
+              ": seq_lens_k is given without page_table; ragged keys take cu_seqlens_k");
     check_tensor(op, name, keys, dtypes, {count, heads, dim});
   }
 }

@@ -109,8 +109,9 @@ void Plan<Args>::run(const Args& args, std::span<std::byte> workspace, Stream st
   implementation_->run(args, workspace, stream);
 }
 
-#define MSA_INSTANTIATE(Args) \
-  template class Plan<Args>;  \
+// Visible by name: an instantiation is otherwise as hidden as its argument.
+#define MSA_INSTANTIATE(Args)        \
+  template class MSA_API Plan<Args>; \
   Plan<Args> plan(const Args& args, const Options& options) { return make_plan(args, options); }
 MSA_INSTANTIATE(IndexerScores)
 MSA_INSTANTIATE(SelectTopK)

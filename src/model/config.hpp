@@ -42,6 +42,8 @@ struct Config {
   std::vector<std::int64_t> eos_token_ids;
   std::int64_t bos_token_id = -1;  ///< -1: none
   std::string model_type;          ///< as written: "minimax_m3_vl", "minimax_m3_vl_text", ...
+  std::string
+      note;  ///< "msa_note" of config.json: what `msa run` tells the user first; often empty
 };
 
 /// Reads `directory`/config.json: the multimodal form with a nested text_config or the plain text

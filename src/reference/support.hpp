@@ -111,23 +111,27 @@ inline double max_of(const std::vector<double>& S) {
   return m;
 }
 
-/// log(sum(exp(S))); -inf for an empty list, NaN where an entry is NaN.
+/// exp(s - m); a score of -inf weighs nothing, even where m is -inf too.
+inline double weight(double s, double m) { return s == -kInfinity ? 0.0 : std::exp(s - m); }
+
+/// log(sum(exp(S))); -inf where nothing weighs anything, NaN where an entry is NaN.
 inline double log_sum_exp(const std::vector<double>& S) {
-  if (S.empty()) return -kInfinity;
   const double m = max_of(S);
   double sum = 0.0;
-  for (double s : S) sum += std::exp(s - m);
+  for (double s : S) sum += weight(s, m);
   return m + std::log(sum);
 }
 
+/// All zeros where nothing weighs anything.
 inline std::vector<double> softmax(const std::vector<double>& S) {
   const double m = max_of(S);
   std::vector<double> P;
   double sum = 0.0;
   for (double s : S) {
-    P.push_back(std::exp(s - m));
+    P.push_back(weight(s, m));
     sum += P.back();
   }
+  if (sum == 0.0) return P;
   for (double& probability : P) probability /= sum;
   return P;
 }
@@ -146,7 +150,7 @@ void attend(const Args& args, const core::Sequence& sequence, std::int64_t h, st
   std::vector<double> O(static_cast<std::size_t>(problem.head_dim), 0.0);
   double sum = 0.0;
   for (std::size_t t = 0; t < T.size(); ++t) {
-    double p = std::exp(S[t] - m);
+    double p = weight(S[t], m);
     sum += p;
     if (rounding == Rounding::bf16) {
       p = static_cast<double>(
@@ -157,7 +161,7 @@ void attend(const Args& args, const core::Sequence& sequence, std::int64_t h, st
     for (int d = 0; d < problem.head_dim; ++d) O[static_cast<std::size_t>(d)] += p * v[d];
   }
   for (int d = 0; d < problem.head_dim; ++d) {
-    double o = T.empty() ? 0.0 : O[static_cast<std::size_t>(d)] / sum;
+    double o = sum == 0.0 ? 0.0 : O[static_cast<std::size_t>(d)] / sum;
     if (rounding == Rounding::bf16) o = static_cast<double>(static_cast<float>(o));
     core::store(args.out, o, row, h, d);
   }

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How far an f32-accumulating implementation may be from the reference, derived from the inputs,
+// and the comparison that uses it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "msa/ops.hpp"
+
+namespace msa::testing {
+
+/// Spacing of the format relative to a number of its normal range: 2^-7 for bf16.
+double ulp(DType dtype);
+
+/// For each element of block_scores, row-major: the error of scores accumulated in f32.
+std::vector<double> score_bounds(const IndexerScores& args);
+std::vector<double> score_bounds(const Indexer& args, std::int64_t num_blocks);
+
+/// For each element of out and of lse, row-major.
+struct AttentionBounds {
+  std::vector<double> out;
+  std::vector<double> lse;
+};
+AttentionBounds attention_bounds(const SparseAttentionForward& args);
+AttentionBounds attention_bounds(const DenseAttentionForward& args);
+
+/// The largest error seen, and the first element that broke the rule.
+struct Comparison {
+  double max_error = 0.0;  ///< over finite elements
+  double max_ratio = 0.0;  ///< of error to allowance; above 1 is a failure
+  std::string failure{};   ///< "" where all elements pass
+};
+
+/// Infinities and NaN must match exactly; elsewhere
+/// |x - reference| <= allowance + bound[i] + ulp(x's dtype) * |reference|.
+/// `reference` is f64 and of x's shape.
+Comparison compare(const char* name, const TensorView& x, const TensorView& reference,
+                   const std::vector<double>& bound, double allowance);
+
+/// max |emulated - reference| over finite elements.
+double max_difference(const TensorView& emulated, const TensorView& reference);
+
+/// "" or why block_ids is no top-k selection of `scores` (row-major [num_kv_heads, total_q,
+/// num_blocks]) known up to `band`: ascending, unique, visible, forced blocks in, slots filled, and
+/// no block left out whose score beats a selected one's by more than both bands. A band of 0 on
+/// both sides decides ties: to the lowest id.
+std::string check_selection(const Indexer& args, const std::vector<double>& scores,
+                            const std::vector<double>& band, std::int64_t num_blocks);
+
+}  // namespace msa::testing

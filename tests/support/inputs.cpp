@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/support/inputs.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <numeric>
+
+#include "core/sequences.hpp"
+#include "reference/reference.hpp"
+
+namespace msa::testing {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+// Positive, so that a kernel which trusts it reads far outside of everything.
+constexpr std::int32_t kPageOutOfRange = 0x5a5a5a5a;
+
+double uniform(std::mt19937& random) { return (static_cast<double>(random()) + 0.5) * 0x1p-32; }
+
+double normal(std::mt19937& random) {
+  const double radius = std::sqrt(-2.0 * std::log(uniform(random)));
+  return radius * std::cos(2.0 * std::numbers::pi * uniform(random));
+}
+
+std::int64_t below(std::mt19937& random, std::int64_t limit) {
+  return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(limit));
+}
+
+template <class T>
+void shuffle(std::vector<T>& items, std::mt19937& random) {
+  for (std::size_t i = items.size(); i > 1; --i) {
+    std::swap(items[i - 1],
+              items[static_cast<std::size_t>(below(random, static_cast<std::int64_t>(i)))]);
+  }
+}
+
+GuardedTensor ints(const std::vector<std::int64_t>& shape, int gap,
+                   const std::vector<double>& values) {
+  GuardedTensor tensor(DType::i32, shape, gap, GuardedTensor::kPoison);
+  set_values(tensor, values);
+  return tensor;
+}
+
+}  // namespace
+
+Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed) {
+  make_batch();
+  make_keys();
+  make_queries();
+  plant_special_values();
+  make_block_scores();
+  make_block_ids();
+  for_each_tensor([](const char*, GuardedTensor& tensor) { tensor.seal(); });
+}
+
+void Inputs::make_batch() {
+  const auto size = static_cast<std::int64_t>(spec.sequences.size());
+  const std::int64_t block_size = spec.problem.block_size;
+  std::vector<double> offsets_q{0.0};
+  std::vector<double> offsets_k{0.0};
+  std::vector<double> lengths;
+  std::int64_t longest = 0;
+  for (const Lengths& lengths_of_one : spec.sequences) {
+    total_q += lengths_of_one.q;
+    total_k += lengths_of_one.k;
+    longest = std::max(longest, lengths_of_one.k);
+    offsets_q.push_back(static_cast<double>(total_q));
+    offsets_k.push_back(static_cast<double>(total_k));
+    lengths.push_back(static_cast<double>(lengths_of_one.k));
+  }
+  if (spec.give_offsets) {
+    cu_seqlens_q = ints({size + 1}, 0, offsets_q);
+    batch.cu_seqlens_q = cu_seqlens_q;
+  }
+  if (spec.seed % 2 == 0) batch.max_seq_len_k = longest;  // both with and without the hint
+  num_blocks = core::ceil_div(longest, block_size) + 1;
+  if (spec.keys == Keys::ragged) {
+    if (batch.max_seq_len_k == 0) num_blocks = core::ceil_div(total_k, block_size) + 1;
+    if (spec.give_offsets) {
+      cu_seqlens_k = ints({size + 1}, 0, offsets_k);
+      batch.cu_seqlens_k = cu_seqlens_k;
+    }
+    return;
+  }
+  std::int64_t used = 0;
+  for (const Lengths& lengths_of_one : spec.sequences) {
+    used += core::ceil_div(lengths_of_one.k, block_size);
+  }
+  num_pages_ = used + 2;  // two that belong to nobody
+  std::vector<std::int64_t> pages(static_cast<std::size_t>(num_pages_));
+  std::iota(pages.begin(), pages.end(), 0);
+  shuffle(pages, random_);
+  const std::int64_t unused_page = pages.back();
+  const std::int64_t columns = num_blocks;
+  std::vector<double> table;
+  std::size_t next = 0;
+  for (const Lengths& lengths_of_one : spec.sequences) {
+    for (std::int64_t b = 0; b < columns; ++b) {
+      std::int64_t page = b % 2 == 0 ? unused_page : kPageOutOfRange;
+      if (b * block_size < lengths_of_one.k) {
+        page = spec.keys == Keys::shared_pages && b == 0 ? pages[0] : pages[next];
+        if (spec.keys == Keys::missing_pages && b % 3 == 1) page = b % 2 == 0 ? -1 : num_pages_;
+        ++next;
+      }
+      table.push_back(static_cast<double>(page));
+    }
+  }
+  if (batch.max_seq_len_k == 0) ++num_blocks;
+  page_table = ints({size, columns}, spec.row_gap, table);
+  seq_lens_k = ints({size}, 0, lengths);
+  batch.page_table = page_table;
+  batch.seq_lens_k = seq_lens_k;
+}
+
+double Inputs::value(double scale) {
+  switch (spec.values) {
+    case Values::ties:
+      return static_cast<double>(below(random_, 3) - 1);
+    case Values::zeros:
+      return random_() % 2 == 0 ? 0.0 : -0.0;
+    default:
+      return scale * normal(random_);
+  }
+}
+
+GuardedTensor Inputs::filled(const std::vector<std::int64_t>& shape, double scale) {
+  GuardedTensor tensor(spec.dtype, shape, spec.row_gap, GuardedTensor::kPoison);
+  std::vector<double> values(static_cast<std::size_t>(tensor.view().num_elements()));
+  for (double& element : values) element = value(scale);
+  set_values(tensor, values);
+  return tensor;
+}
+
+GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim) {
+  if (spec.keys == Keys::ragged) return filled({total_k, heads, dim});
+  const std::int64_t block_size = spec.problem.block_size;
+  GuardedTensor tensor(spec.dtype, {num_pages_, heads, block_size, dim}, spec.row_gap,
+                       GuardedTensor::kPoison);
+  for (std::size_t b = 0; b < spec.sequences.size(); ++b) {
+    for (std::int64_t j = 0; j < spec.sequences[b].k; ++j) {
+      const std::int32_t page = core::load_i32(page_table.view(), b, j / block_size);
+      if (page < 0 || page >= num_pages_) continue;
+      for (std::int64_t head = 0; head < heads; ++head) {
+        for (std::int64_t d = 0; d < dim; ++d) {
+          core::store(tensor.view(), value(1.0), page, head, j % block_size, d);
+        }
+      }
+    }
+  }
+  return tensor;
+}
+
+void Inputs::make_keys() {
+  const Problem& p = spec.problem;
+  k = keys_tensor(p.num_kv_heads, p.head_dim);
+  v = keys_tensor(p.num_kv_heads, p.head_dim);
+  index_k = keys_tensor(1, p.index_dim);
+}
+
+void Inputs::make_queries() {
+  const Problem& p = spec.problem;
+  double scale = 1.0;
+  if (spec.values == Values::large) scale = spec.dtype == DType::f16 ? 6e3 : 1e20;
+  q = filled({total_q, p.num_q_heads, p.head_dim}, scale);
+  index_q = filled({total_q, p.num_kv_heads, p.index_dim}, scale);
+  dout = filled({total_q, p.num_q_heads, p.head_dim});
+  if (spec.keys != Keys::ragged) {
+    new_k = filled({total_q, p.num_kv_heads, p.head_dim});
+    new_v = filled({total_q, p.num_kv_heads, p.head_dim});
+    new_index_k = filled({total_q, 1, p.index_dim});
+  }
+}
+
+/// Near the end of each sequence, so that some queries attend them and some do not.
+void Inputs::plant_special_values() {
+  const bool nans = spec.values == Values::nans;
+  if (!nans && spec.values != Values::infinities) return;
+  const double first = nans ? kNan : kInf;
+  const double second = nans ? kNan : -kInf;
+  const std::int64_t block_size = spec.problem.block_size;
+  std::int64_t k_begin = 0;
+  for (std::size_t b = 0; b < spec.sequences.size(); ++b) {
+    const std::int64_t k_len = spec.sequences[b].k;
+    const auto put = [&](const GuardedTensor& keys, std::int64_t j, std::int64_t head,
+                         std::int64_t d, double element) {
+      if (spec.keys == Keys::ragged) {
+        core::store(keys.view(), element, k_begin + j, head, d);
+      } else {
+        const std::int32_t page = core::load_i32(page_table.view(), b, j / block_size);
+        if (page < 0 || page >= num_pages_) return;
+        core::store(keys.view(), element, page, head, j % block_size, d);
+      }
+    };
+    if (k_len >= 3) {
+      put(v, k_len - 2, 0, 0, first);
+      put(v, k_len - 2, 0, 1, second);
+      put(k, k_len - 3, spec.problem.num_kv_heads - 1, 0, first);
+      put(index_k, 0, 0, 0, first);
+      put(index_k, k_len / 2, 0, 1, second);
+    }
+    k_begin += k_len;
+  }
+  if (nans && total_q >= 2) {
+    core::store(q.view(), kNan, 0, 0, 0);
+    core::store(index_q.view(), kNan, 1, 0, 0);
+  }
+}
+
+void Inputs::make_block_scores() {
+  const Problem& p = spec.problem;
+  const DType dtype = spec.dtype == DType::f64 ? DType::f64 : DType::f32;
+  block_scores = GuardedTensor(dtype, {p.num_kv_heads, total_q, num_blocks}, spec.row_gap,
+                               GuardedTensor::kPoison);
+  IndexerScores scores = args<IndexerScores>();
+  scores.block_scores = block_scores;
+  reference::indexer_scores(scores);
+  const core::Sequences sequences(scores);
+  for (std::int64_t n = 0; n < sequences.size(); ++n) {
+    const core::Sequence sequence = sequences[n];
+    for (std::int64_t i = 0; i < sequence.q_len; ++i) {
+      for (std::int64_t r = 0; r < p.num_kv_heads; ++r) {
+        for (std::int64_t b = 0; b < num_blocks; ++b) {
+          const bool visible = sequence.position(i) >= b * p.block_size;
+          const TensorView& view = block_scores;
+          if (!visible) core::store(view, kInf, r, sequence.q_begin + i, b);
+          if (visible && spec.values == Values::nans && b % 4 == 1) {
+            core::store(view, b % 8 == 1 ? kNan : -kInf, r, sequence.q_begin + i, b);
+          }
+        }
+      }
+    }
+  }
+}
+
+void Inputs::make_block_ids() {
+  const Problem& p = spec.problem;
+  block_ids = GuardedTensor(DType::i32, {p.num_kv_heads, total_q, p.top_k}, spec.row_gap,
+                            GuardedTensor::kPoison);
+  Indexer selection = args<Indexer>();
+  selection.block_ids = block_ids;
+  reference::indexer(selection);
+  if (spec.selection == Selection::indexer) return;
+  const core::Sequences sequences(selection);
+  for (std::int64_t row = 0; row < total_q; ++row) {
+    const core::Sequence sequence = sequences.of_query(row);
+    const std::int64_t position = sequence.position(row - sequence.q_begin);
+    const std::int64_t visible = position < 0 ? 0 : position / p.block_size + 1;
+    for (std::int64_t r = 0; r < p.num_kv_heads; ++r) {
+      std::vector<std::int32_t> ids;
+      if (spec.selection == Selection::scattered) {
+        std::vector<std::int32_t> all(static_cast<std::size_t>(visible));
+        std::iota(all.begin(), all.end(), 0);
+        shuffle(all, random_);
+        const std::int64_t count = std::min<std::int64_t>(below(random_, p.top_k + 1), visible);
+        ids.assign(all.begin(), all.begin() + count);
+      } else {
+        for (int slot = 0; slot < p.top_k; ++slot) {
+          const std::int32_t id = core::load_i32(block_ids.view(), r, row, slot);
+          if (id >= 0) ids.push_back(id);
+        }
+      }
+      const std::vector<std::int32_t> junk = {
+          -1, static_cast<std::int32_t>(visible), std::numeric_limits<std::int32_t>::max(),
+          std::numeric_limits<std::int32_t>::min(), static_cast<std::int32_t>(visible + 5)};
+      for (std::size_t n = 0; static_cast<int>(ids.size()) < p.top_k; ++n) {
+        ids.push_back(n < junk.size() ? junk[n] : -1);
+      }
+      shuffle(ids, random_);
+      for (std::size_t slot = 0; slot < ids.size(); ++slot) {
+        core::store_i32(block_ids.view(), ids[slot], r, row, slot);
+      }
+    }
+  }
+}
+
+void Inputs::make_forward_results() {
+  const Problem& p = spec.problem;
+  out = GuardedTensor(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, spec.row_gap,
+                      GuardedTensor::kPoison);
+  lse = GuardedTensor(spec.dtype == DType::f64 ? DType::f64 : DType::f32, {total_q, p.num_q_heads},
+                      spec.row_gap, GuardedTensor::kPoison);
+  SparseAttentionForward forward = args<SparseAttentionForward>();
+  forward.out = out;
+  forward.lse = lse;
+  reference::sparse_attention_forward(forward);
+  out.seal();
+  lse.seal();
+}
+
+template <class Visit>
+void Inputs::for_each_tensor(Visit visit) {
+  visit("cu_seqlens_q", cu_seqlens_q);
+  visit("cu_seqlens_k", cu_seqlens_k);
+  visit("page_table", page_table);
+  visit("seq_lens_k", seq_lens_k);
+  visit("q", q);
+  visit("k", k);
+  visit("v", v);
+  visit("index_q", index_q);
+  visit("index_k", index_k);
+  visit("block_scores", block_scores);
+  visit("block_ids", block_ids);
+  visit("dout", dout);
+  visit("out", out);
+  visit("lse", lse);
+  visit("new k", new_k);
+  visit("new v", new_v);
+  visit("new index_k", new_index_k);
+}
+
+std::string Inputs::changed() {
+  std::string text;
+  for_each_tensor([&](const char* name, const GuardedTensor& tensor) {
+    const std::string change = tensor.changed();
+    if (text.empty() && !change.empty()) text = std::string("input ") + name + ": " + change;
+  });
+  return text;
+}
+
+template <>
+IndexerScores Inputs::args() {
+  return {.problem = spec.problem, .batch = batch, .index_q = index_q, .index_k = index_k};
+}
+template <>
+SelectTopK Inputs::args() {
+  // It reads no keys, so the page table has no meaning to it.
+  Batch lengths = batch;
+  lengths.page_table = {};
+  return {.problem = spec.problem, .batch = lengths, .block_scores = block_scores};
+}
+template <>
+Indexer Inputs::args() {
+  return {.problem = spec.problem, .batch = batch, .index_q = index_q, .index_k = index_k};
+}
+template <>
+SparseAttentionForward Inputs::args() {
+  return {.problem = spec.problem, .batch = batch, .q = q, .k = k, .v = v, .block_ids = block_ids};
+}
+template <>
+DenseAttentionForward Inputs::args() {
+  return {.problem = spec.problem, .batch = batch, .q = q, .k = k, .v = v};
+}
+template <>
+SparseAttentionBackward Inputs::args() {
+  if (!out.given()) make_forward_results();
+  return {.problem = spec.problem,
+          .batch = batch,
+          .q = q,
+          .k = k,
+          .v = v,
+          .block_ids = block_ids,
+          .out = out,
+          .lse = lse,
+          .dout = dout};
+}
+template <>
+IndexerKlBackward Inputs::args() {
+  return {.problem = spec.problem,
+          .batch = batch,
+          .q = q,
+          .k = k,
+          .index_q = index_q,
+          .index_k = index_k,
+          .block_ids = block_ids};
+}
+template <>
+AppendKv Inputs::args() {
+  return {.problem = spec.problem, .batch = batch, .k = new_k, .v = new_v, .index_k = new_index_k};
+}
+
+template <class Args>
+bool Inputs::supports() const {
+  if constexpr (requires(Args a) { a.k_pages; }) {
+    return spec.keys != Keys::ragged && spec.keys != Keys::shared_pages;
+  } else if constexpr (requires(Args a) { a.dq; } || requires(Args a) { a.dindex_q; }) {
+    return spec.keys == Keys::ragged;
+  } else if constexpr (requires(Args a) {
+                         a.block_scores;
+                         a.block_ids;
+                       }) {
+    return batch.cu_seqlens_k.given() || batch.seq_lens_k.given();
+  } else {
+    return true;
+  }
+}
+
+template <class Args>
+Outputs::Outputs(const Inputs& inputs, Args& args, bool wide) {
+  const Case& spec = inputs.spec;
+  const Problem& p = spec.problem;
+  const DType element = wide ? DType::f64 : spec.dtype;
+  const DType statistic = element == DType::f64 ? DType::f64 : DType::f32;
+  const auto add = [&](const char* name, TensorView& field, DType dtype,
+                       const std::vector<std::int64_t>& shape) {
+    tensors_.push_back({name, GuardedTensor(dtype, shape, spec.row_gap, GuardedTensor::kSentinel)});
+    field = tensors_.back().tensor;
+  };
+  const auto add_like = [&](const char* name, TensorView& field, const TensorView& like) {
+    add(name, field, element, {like.shape.begin(), like.shape.begin() + like.rank});
+  };
+  if constexpr (requires { args.k_pages; }) {
+    const auto copy = [&](const char* name, TensorView& field, const GuardedTensor& pages) {
+      tensors_.push_back({name, pages.clone()});
+      field = tensors_.back().tensor;
+    };
+    copy("k_pages", args.k_pages, inputs.k);
+    copy("v_pages", args.v_pages, inputs.v);
+    copy("index_k_pages", args.index_k_pages, inputs.index_k);
+  } else if constexpr (requires { args.dq; }) {
+    add_like("dq", args.dq, args.q);
+    add_like("dk", args.dk, args.k);
+    add_like("dv", args.dv, args.v);
+  } else if constexpr (requires { args.dindex_q; }) {
+    add("loss", args.loss, statistic, {1});
+    add_like("dindex_q", args.dindex_q, args.index_q);
+    add_like("dindex_k", args.dindex_k, args.index_k);
+  } else if constexpr (requires { args.out; }) {
+    add_like("out", args.out, args.q);
+    add("lse", args.lse, statistic, {inputs.total_q, p.num_q_heads});
+  } else if constexpr (requires { args.block_ids; }) {
+    add("block_ids", args.block_ids, DType::i32, {p.num_kv_heads, inputs.total_q, p.top_k});
+  } else {
+    add("block_scores", args.block_scores, statistic,
+        {p.num_kv_heads, inputs.total_q, inputs.num_blocks});
+  }
+}
+
+std::string Outputs::damaged() const {
+  for (const Named& named : tensors_) {
+    const std::string damage = named.tensor.damaged();
+    if (!damage.empty()) return std::string("output ") + named.name + ": " + damage;
+  }
+  return "";
+}
+
+std::string Outputs::difference(const Outputs& other) const {
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    const std::string text = tensors_[i].tensor.difference(other.tensors_[i].tensor);
+    if (!text.empty()) return std::string("output ") + tensors_[i].name + ": " + text;
+  }
+  return "";
+}
+
+#define MSA_INSTANTIATE(Args)                   \
+  template bool Inputs::supports<Args>() const; \
+  template Outputs::Outputs(const Inputs&, Args&, bool);
+MSA_INSTANTIATE(IndexerScores)
+MSA_INSTANTIATE(SelectTopK)
+MSA_INSTANTIATE(Indexer)
+MSA_INSTANTIATE(SparseAttentionForward)
+MSA_INSTANTIATE(DenseAttentionForward)
+MSA_INSTANTIATE(SparseAttentionBackward)
+MSA_INSTANTIATE(IndexerKlBackward)
+MSA_INSTANTIATE(AppendKv)
+#undef MSA_INSTANTIATE
+
+}  // namespace msa::testing

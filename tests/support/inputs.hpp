@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From a case to the tensors and argument structs of every operation.
+#pragma once
+
+#include <deque>
+#include <random>
+#include <string>
+
+#include "core/operation.hpp"
+#include "tests/cases.hpp"
+#include "tests/support/guarded_tensor.hpp"
+
+namespace msa::testing {
+
+/// Every input tensor of a case, rounded to its dtype. What no operation may read is NaN: pages of
+/// nobody, page tails beyond a sequence's keys, gaps between rows. Entries of the page table that
+/// no sequence needs name such pages or are out of range.
+class Inputs {
+ public:
+  explicit Inputs(const Case& spec);
+
+  /// Backward operations need ragged keys, AppendKv needs pages that sequences don't share.
+  template <class Args>
+  bool supports() const;
+
+  /// The operation's arguments with all inputs given and no output.
+  template <class Args>
+  Args args();
+
+  /// "" or which input was written to.
+  std::string changed();
+
+  Case spec;
+  Batch batch{};
+  GuardedTensor cu_seqlens_q, cu_seqlens_k, page_table, seq_lens_k;
+  GuardedTensor q;             ///< [total_q, num_q_heads, head_dim]
+  GuardedTensor k, v;          ///< ragged or paged
+  GuardedTensor index_q;       ///< [total_q, num_kv_heads, index_dim]
+  GuardedTensor index_k;       ///< ragged or paged
+  GuardedTensor block_scores;  ///< What no selection may read is +inf.
+  GuardedTensor block_ids;
+  GuardedTensor dout;
+  GuardedTensor out, lse;  ///< The reference's; made when SparseAttentionBackward is asked for.
+  GuardedTensor new_k, new_v, new_index_k;  ///< [total_q, ...], for AppendKv
+  std::int64_t total_q = 0;
+  std::int64_t total_k = 0;     ///< Of ragged keys.
+  std::int64_t num_blocks = 0;  ///< Columns of block_scores.
+
+ private:
+  void make_batch();
+  void make_keys();
+  void make_queries();
+  void plant_special_values();
+  void make_block_scores();
+  void make_block_ids();
+  void make_forward_results();
+  GuardedTensor filled(const std::vector<std::int64_t>& shape, double scale = 1.0);
+  GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim);
+  double value(double scale);
+  template <class Visit>
+  void for_each_tensor(Visit visit);
+
+  std::mt19937 random_;
+  std::int64_t num_pages_ = 0;
+};
+
+template <>
+IndexerScores Inputs::args();
+template <>
+SelectTopK Inputs::args();
+template <>
+Indexer Inputs::args();
+template <>
+SparseAttentionForward Inputs::args();
+template <>
+DenseAttentionForward Inputs::args();
+template <>
+SparseAttentionBackward Inputs::args();
+template <>
+IndexerKlBackward Inputs::args();
+template <>
+AppendKv Inputs::args();
+
+/// Guarded output tensors for one run. Dtypes: floats as the case; block_scores and lse f32, or f64
+/// where the case is f64; `wide` makes all floats f64, to hold what the reference computes.
+class Outputs {
+ public:
+  /// Gives `args` its outputs. AppendKv gets copies of the pages.
+  template <class Args>
+  Outputs(const Inputs& inputs, Args& args, bool wide = false);
+
+  /// "" or which guard band was written to.
+  std::string damaged() const;
+  /// "" or the first difference in any byte.
+  std::string difference(const Outputs& other) const;
+
+ private:
+  struct Named {
+    const char* name;
+    GuardedTensor tensor;
+  };
+  std::deque<Named> tensors_;
+};
+
+}  // namespace msa::testing
