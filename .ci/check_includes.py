@@ -26,7 +26,7 @@ ALLOWED = {
     "src/kv_cache": ("msa/", "core/"),
     "src/dispatch": ("msa/", "core/", "reference/", "cpu/", "cuda/"),
     "src/c_api": ("msa/", "core/"),
-    "src/model": ("msa/",) + HELPERS,
+    "src/model": ("msa/", "core/thread_pool.hpp") + HELPERS,  # one pool for all of a program
     "tools": ("msa/", "model/", "tests/cases.hpp", "tests/support/") + HELPERS,
     "examples": ("msa/",),
     "tests/install": ("msa/",),
