@@ -74,7 +74,7 @@ class TextPrinter {
  public:
   TextPrinter(const model::Tokenizer& tokenizer, bool quiet) : decoder_(tokenizer), quiet_(quiet) {}
 
-  void add(std::int32_t id) { print(decoder_.add(id)); }
+  void add(std::int32_t id) { print(decoder_.push(id)); }
   std::string finish() {
     print(decoder_.finish());
     if (!quiet_) std::printf("\n");

@@ -4,7 +4,7 @@
 #include "cpu/cpu.hpp"
 #include "dispatch/lists.hpp"
 #include "msa/backend.hpp"
-#if defined(MSA_CUDA)
+#if defined(MSA_WITH_CUDA)
 #include "cuda/common/device.hpp"
 #endif
 
@@ -15,7 +15,7 @@ namespace {
 BackendInfo cuda_backend(const char* name, [[maybe_unused]] int lowest_compute_capability,
                          [[maybe_unused]] int highest_compute_capability) {
   BackendInfo info{.name = name, .detail = "built without CUDA (configure with -DMSA_CUDA=ON)"};
-#if defined(MSA_CUDA)
+#if defined(MSA_WITH_CUDA)
   const auto found = cuda::devices(info.detail);
   bool runs = false;
   for (const cuda::DeviceInfo& device : found) {

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "model/linear.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "msa/backend.hpp"
+#include "msa/error.hpp"
+#include "tests/model/random_model.hpp"
+
+namespace msa {
+namespace {
+
+struct Case {
+  DType dtype = DType::f32;
+  std::int64_t tokens = 1;
+  std::int64_t in = 1;
+  std::int64_t out = 1;
+};
+
+class Threads {
+ public:
+  explicit Threads(int count) : before_(num_threads()) { set_num_threads(count); }
+  ~Threads() { set_num_threads(before_); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+ private:
+  int before_;
+};
+
+/// Every element against a double sum. Any order of f32 additions of n products errs by at most
+/// n u / (1 - n u) times the sum of their magnitudes, u = 2^-24 (Higham's gamma_n).
+void check(const Case& c, const TensorView& weight, const std::vector<float>& x) {
+  model::LinearScratch scratch;
+  std::vector<float> y(static_cast<std::size_t>(c.tokens * c.out), NAN);
+  model::linear(weight, x, c.tokens, y, scratch);
+  const double nu = static_cast<double>(c.in) * 0x1p-24;
+  for (std::int64_t t = 0; t < c.tokens; ++t) {
+    for (std::int64_t o = 0; o < c.out; ++o) {
+      double sum = 0.0;
+      double magnitude = 0.0;
+      for (std::int64_t i = 0; i < c.in; ++i) {
+        const double product = core::load(weight, o, i) *
+                               static_cast<double>(x[static_cast<std::size_t>(t * c.in + i)]);
+        sum += product;
+        magnitude += std::fabs(product);
+      }
+      ASSERT_LE(std::fabs(static_cast<double>(y[static_cast<std::size_t>(t * c.out + o)]) - sum),
+                nu / (1.0 - nu) * magnitude)
+          << name_of(c.dtype) << " tokens " << c.tokens << " in " << c.in << " out " << c.out
+          << " at " << t << ", " << o;
+    }
+  }
+}
+
+TEST(Linear, AgreesWithDoubleForEveryDtypeAndTokenCount) {
+  test::Uniform uniform(1);
+  for (int threads : {1, 3}) {
+    const Threads scope(threads);
+    for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      for (std::int64_t tokens : {1, 2, 4, 5, 33}) {
+        for (const auto& [in, out] : {std::pair<std::int64_t, std::int64_t>{1, 1},
+                                      {64, 48},
+                                      {130, 7},
+                                      {257, 100},
+                                      {96, 513}}) {
+          const Case c{.dtype = dtype, .tokens = tokens, .in = in, .out = out};
+          const core::Tensor weight(dtype, {out, in});
+          test::fill(weight, uniform, 1.0);
+          check(c, weight, test::random_vector(tokens * in, uniform));
+        }
+      }
+    }
+  }
+}
+
+TEST(Linear, TakesRowsThatLieApart) {
+  test::Uniform uniform(2);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (std::int64_t tokens : {1, 9}) {
+      const Case c{.dtype = dtype, .tokens = tokens, .in = 40, .out = 37};
+      const core::Tensor storage(dtype, {c.out, c.in + 11});
+      test::fill(storage, uniform, 1.0);
+      TensorView weight = storage;
+      weight.shape[1] = c.in;
+      check(c, weight, test::random_vector(tokens * c.in, uniform));
+    }
+  }
+}
+
+TEST(Linear, ExpandsExactly) {
+  for (DType dtype : {DType::f16, DType::bf16}) {
+    std::vector<std::uint16_t> bits(1 << 16);
+    for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(i);
+    std::vector<float> out(bits.size());
+    model::expand_to_f32(reinterpret_cast<const std::byte*>(bits.data()), dtype, out);
+    for (std::size_t i = 0; i < bits.size(); ++i) {
+      const double expected = core::load_element(&bits[i], dtype);
+      ASSERT_TRUE(static_cast<double>(out[i]) == expected ||
+                  (std::isnan(out[i]) && std::isnan(expected)))
+          << name_of(dtype) << " " << i;
+    }
+  }
+}
+
+TEST(Linear, RefusesWhatDoesNotFit) {
+  const core::Tensor weight(DType::f32, {4, 8});
+  model::LinearScratch scratch;
+  std::vector<float> x(16);
+  std::vector<float> y(7);
+  EXPECT_THROW(model::linear(weight, x, 2, y, scratch), Error);
+  const core::Tensor ids(DType::i32, {4, 8});
+  y.resize(8);
+  EXPECT_THROW(model::linear(ids, x, 2, y, scratch), Error);
+}
+
+}  // namespace
+}  // namespace msa
