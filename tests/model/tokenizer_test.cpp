@@ -258,6 +258,16 @@ TEST(Tokenizer, LoadsAFileAndNamesAMissingOne) {
   }
 }
 
+TEST(Tokenizer, LoadsTheDemoCheckpoint) {
+  const auto folder = std::filesystem::path(MSA_SOURCE_DIR) / "examples/tiny_m3";
+  const Tokenizer tokenizer = Tokenizer::load(folder / "tokenizer.json");
+  const json config = json::parse(std::ifstream(folder / "config.json"));
+  EXPECT_EQ(tokenizer.vocab_size(), config.at("vocab_size"));
+  EXPECT_EQ(tokenizer.id_of("[e~["), config.at("eos_token_id").get<std::int32_t>());
+  const std::string text = fixture("texts.json").at("text");
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode(text), false), text);
+}
+
 /// A quarter of a megabyte must not take a time that grows with the square of a piece's length.
 TEST(Tokenizer, LongPiecesAreCutInReasonableTime) {
   const std::size_t size = 1 << 18;

@@ -196,7 +196,7 @@ TEST(Verdict, FindsTiesThatWentToTheHigherId) {
   const Outputs outputs(inputs, args);
   reference::indexer(args);
   const std::vector<double> scores(static_cast<std::size_t>(2 * inputs.num_blocks), 0.0);
-  const std::vector<double> none = scores;
+  const std::vector<double> none(scores.size(), 0.0);
   EXPECT_EQ(check_selection(args, scores, none, inputs.num_blocks), "");
   core::store_i32(args.block_ids, 3, 0, 0, 2);  // {0, 1, 3, 6} instead of {0, 1, 2, 6}
   EXPECT_NE(check_selection(args, scores, none, inputs.num_blocks), "");
