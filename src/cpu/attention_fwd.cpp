@@ -292,21 +292,28 @@ void accumulate_rows(const AttentionScratch& scratch, const Problem& p, std::int
                 });
 }
 
+core::BlockRows rows_of(const AttentionRequest& request, const TensorView& keys,
+                        const QueryTile& tile, std::int64_t block) {
+  if (block == kNoBlock) return {};
+  return core::block_rows(keys, request.batch, request.problem.block_size, tile.sequence, tile.head,
+                          block);
+}
+
+/// Attends `block`; `next` is the block after it, to be prefetched.
 void attend_block(const AttentionRequest& request, const QueryTile& tile, std::int64_t block,
-                  const AttentionScratch& scratch) {
+                  std::int64_t next, std::int64_t num_rows, const AttentionScratch& scratch) {
   const Problem& p = request.problem;
-  const std::int64_t num_rows = list_rows(request, tile, block, scratch);
-  const auto keys =
-      core::block_rows(request.k, request.batch, p.block_size, tile.sequence, tile.head, block);
-  const auto values =
-      core::block_rows(request.v, request.batch, p.block_size, tile.sequence, tile.head, block);
+  const core::BlockRows keys = rows_of(request, request.k, tile, block);
+  const core::BlockRows values = rows_of(request, request.v, tile, block);
   if (num_rows == 0 || keys.num_tokens == 0) return;  // a page id out of range
   const std::int64_t num_tokens = *std::max_element(scratch.limit, scratch.limit + num_rows);
   with_elements(request.k, keys.offset, [&](const auto* from) {
-    pack_keys(from, keys.token_stride, num_tokens, p.head_dim, scratch.pack, scratch.k_panel);
+    pack_keys(from, keys.token_stride, num_tokens, p.head_dim, next_rows(request.v, values),
+              scratch.pack, scratch.k_panel);
   });
   with_elements(request.v, values.offset, [&](const auto* from) {
-    pack_values(from, values.token_stride, num_tokens, p.head_dim, scratch.v_panel);
+    pack_values(from, values.token_stride, num_tokens, p.head_dim,
+                next_rows(request.k, rows_of(request, request.k, tile, next)), scratch.v_panel);
   });
   score_rows(scratch, p, num_rows, num_tokens);
   for (std::int64_t i = 0; i < num_rows; ++i) softmax_row(scratch, p, i);
@@ -373,9 +380,11 @@ void attend_tile(const AttentionRequest& request, const QueryTile& tile, std::by
       scratch.cursor[query] = 0;
     }
   }
-  std::int64_t block = -1;
-  while ((block = next_block(request, tile, scratch, block)) != kNoBlock) {
-    attend_block(request, tile, block, scratch);
+  for (std::int64_t block = next_block(request, tile, scratch, -1); block != kNoBlock;) {
+    const std::int64_t num_rows = list_rows(request, tile, block, scratch);
+    const std::int64_t next = next_block(request, tile, scratch, block);
+    attend_block(request, tile, block, next, num_rows, scratch);
+    block = next;
   }
   store_results(request, tile, scratch);
 }

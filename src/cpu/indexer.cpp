@@ -173,6 +173,13 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
   const std::int64_t num_rows = tile.count * heads;
   const float scale = std::fabs(request.scale);
   load_queries(request, tile, scratch);
+  const std::int64_t end =
+      std::min(tile.block_end, core::ceil_div(tile.position(tile.count - 1) + 1, p.block_size));
+  const auto rows_of = [&](std::int64_t block) {
+    return block < end ? core::block_rows(request.index_k, request.batch, p.block_size,
+                                          tile.sequence, 0, block)
+                       : core::BlockRows{};
+  };
   for (std::int64_t block = tile.block_begin; block < tile.block_end; ++block) {
     const std::int64_t base = block * p.block_size;
     const std::int64_t num_tokens =
@@ -180,16 +187,13 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
     const std::int64_t first_query =
         std::clamp<std::int64_t>(base - tile.position(0), 0, tile.count);
     std::int64_t first_row = first_query * heads;
-    core::BlockRows keys;
-    if (num_tokens > 0) {
-      keys =
-          core::block_rows(request.index_k, request.batch, p.block_size, tile.sequence, 0, block);
-    }
+    const core::BlockRows keys = rows_of(block);
     if (keys.num_tokens == 0) first_row = num_rows;  // invisible, or a page id out of range
     for (std::int64_t row = 0; row < first_row; ++row) scratch.target[row][block] = -kInfinity;
     if (first_row == num_rows) continue;
     with_elements(request.index_k, keys.offset, [&](const auto* from) {
-      pack_keys(from, keys.token_stride, num_tokens, p.index_dim, scratch.pack, scratch.panel);
+      pack_keys(from, keys.token_stride, num_tokens, p.index_dim,
+                next_rows(request.index_k, rows_of(block + 1)), scratch.pack, scratch.panel);
     });
     block_maxima(request, tile, first_row, num_tokens, base, scratch);
     for (std::int64_t row = first_row; row < num_rows; ++row) {

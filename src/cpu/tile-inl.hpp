@@ -13,6 +13,7 @@
 #define MSA_CPU_TILE_INL_HPP_
 #endif
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <bit>
@@ -158,11 +159,40 @@ HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t row, std:
 
 #endif
 
+/// Rows that will be packed next. Blocks lie anywhere in memory, so hardware prefetchers start
+/// anew at each: packing asks for rows kPrefetchRows ahead, into the next block at the end.
+struct NextRows {
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;  ///< bytes
+};
+inline constexpr std::int64_t kPrefetchRows = 16;
+
+inline NextRows next_rows(const TensorView& keys, const core::BlockRows& rows) {
+  if (rows.num_tokens == 0) return {};
+  return {core::address_at(keys, rows.offset),
+          rows.token_stride * static_cast<std::int64_t>(size_of(keys.dtype))};
+}
+
+template <class T>
+HWY_INLINE void prefetch_row(const T* block, std::int64_t token_stride, std::int64_t num_tokens,
+                             std::int64_t dim, std::int64_t token, const NextRows& next) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t ahead = token + kPrefetchRows;
+  const auto* row = reinterpret_cast<const std::byte*>(block + ahead * token_stride);
+  if (ahead >= num_tokens) {
+    if (next.data == nullptr) return;
+    row = next.data + (ahead - num_tokens) * next.stride;
+  }
+  for (std::int64_t byte = 0; byte < dim * static_cast<std::int64_t>(sizeof(T)); byte += kLine) {
+    hwy::Prefetch(row + byte);
+  }
+}
+
 /// Tokens [0, num_tokens) of a KV block become the columns of a panel of depth `dim`; columns up to
 /// the vector width are zero.
 template <class T>
 void pack_keys(const T* block, std::int64_t token_stride, std::int64_t num_tokens, std::int64_t dim,
-               float* HWY_RESTRICT scratch, float* HWY_RESTRICT panel) {
+               const NextRows& next, float* HWY_RESTRICT scratch, float* HWY_RESTRICT panel) {
   const std::int64_t n = lanes();
   const std::int64_t row = round_up(dim, n);
   const std::int64_t num_vectors = core::ceil_div(num_tokens, n);
@@ -171,6 +201,7 @@ void pack_keys(const T* block, std::int64_t token_stride, std::int64_t num_token
       const std::int64_t token = vector * n + j;
       float* const to = scratch + j * row;
       if (token < num_tokens) {
+        prefetch_row(block, token_stride, num_tokens, dim, token, next);
         convert_row(block + token * token_stride, dim, to);
       } else {
         std::fill_n(to, row, 0.0f);
@@ -186,15 +217,16 @@ void pack_keys(const T* block, std::int64_t token_stride, std::int64_t num_token
 /// zero.
 template <class T>
 void pack_values(const T* block, std::int64_t token_stride, std::int64_t num_tokens,
-                 std::int64_t dim, float* HWY_RESTRICT panel) {
+                 std::int64_t dim, const NextRows& next, float* HWY_RESTRICT panel) {
   const FloatTag d;
   const std::int64_t n = lanes();
   const std::int64_t num_vectors = core::ceil_div(dim, n);
-  for (std::int64_t strip = 0; strip < num_vectors; strip += kTileVectors) {
-    const std::int64_t vectors = std::min(kTileVectors, num_vectors - strip);
-    float* to = panel + strip * n * num_tokens;
-    for (std::int64_t token = 0; token < num_tokens; ++token) {
-      const T* const from = block + token * token_stride;
+  for (std::int64_t token = 0; token < num_tokens; ++token) {
+    prefetch_row(block, token_stride, num_tokens, dim, token, next);
+    const T* const from = block + token * token_stride;
+    for (std::int64_t strip = 0; strip < num_vectors; strip += kTileVectors) {
+      const std::int64_t vectors = std::min(kTileVectors, num_vectors - strip);
+      float* to = panel + strip * n * num_tokens + token * vectors * n;
       for (std::int64_t vector = strip; vector < strip + vectors; ++vector, to += n) {
         const std::int64_t first = vector * n;
         if (first + n <= dim) {
