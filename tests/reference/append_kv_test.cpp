@@ -66,7 +66,8 @@ TEST(AppendKv, TokensWithoutAPageAreDropped) {
 }
 
 TEST(AppendKv, TokensBeforeTheFirstPositionAreDropped) {
-  EXPECT_EQ(Append({0}, {2}, 5, 1).run(), (Written{{0, 103.0}, {1, 104.0}}));
+  // Row -1 of page 1 would be the last of page 0.
+  EXPECT_EQ(Append({1}, {2}, 5, 2).run(), (Written{{16, 103.0}, {17, 104.0}}));
 }
 
 TEST(AppendKv, ConvertsToTheDTypeOfThePages) {

@@ -181,6 +181,25 @@ TEST(SelectTopK, TopKOfOneIsTheLocalBlock) {
   EXPECT_EQ(select({9, 8, 0}, 3 * 16, problem), (Ids{2}));
 }
 
+TEST(Indexer, TiesAreTiesOfF32Scores) {
+  // Block 1 is better by less than f32 tells apart, as block_scores in between would not either.
+  const core::Tensor index_q(DType::f64, {1, 1, 1});
+  const core::Tensor index_k(DType::f64, {48, 1, 1});
+  const core::Tensor block_ids(DType::i32, {1, 1, 2});
+  set_values(index_q, {1.0});
+  core::store(index_k.view(), 1.0, 0, 0, 0);
+  core::store(index_k.view(), 1.0 + 1e-12, 16, 0, 0);
+  Problem problem = OneHead{}.problem;
+  problem.top_k = 2;
+  const Indexer args{
+      .problem = problem, .index_q = index_q, .index_k = index_k, .block_ids = block_ids};
+  reference::indexer(args);
+  EXPECT_EQ(values_of(block_ids), (Ids{0, 2}));
+  core::store(index_k.view(), 1.0 + 1e-6, 16, 0, 0);
+  reference::indexer(args);
+  EXPECT_EQ(values_of(block_ids), (Ids{1, 2}));
+}
+
 class IndexerCase : public ::testing::TestWithParam<Case> {};
 
 TEST_P(IndexerCase, EqualsScoresThenSelection) {
