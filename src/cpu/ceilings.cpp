@@ -82,22 +82,27 @@ double seconds_since(Clock::time_point start) {
 
 }  // namespace
 
-Ceilings measure_ceilings(double seconds) {
-  Ceilings best;
+double run_fma() {
+  constexpr std::int64_t kRounds = 1 << 20;
   const int threads = num_threads();
   std::vector<float> sinks(static_cast<std::size_t>(threads) * 16);
+  std::vector<double> flops(static_cast<std::size_t>(threads));
+  core::parallel_for(threads, [&](std::int64_t i, int) {
+    const auto slot = static_cast<std::size_t>(i);
+    flops[slot] = HWY_DYNAMIC_DISPATCH(FmaRounds)(kRounds, &sinks[slot * 16]);
+  });
+  double total = 0.0;
+  for (double part : flops) total += part;
+  return total;
+}
+
+Ceilings measure_ceilings(double seconds) {
+  Ceilings best;
   const auto start_fma = Clock::now();
   do {
-    constexpr std::int64_t kRounds = 1 << 20;
-    std::vector<double> flops(static_cast<std::size_t>(threads));
     const auto start = Clock::now();
-    core::parallel_for(threads, [&](std::int64_t i, int) {
-      const auto slot = static_cast<std::size_t>(i);
-      flops[slot] = HWY_DYNAMIC_DISPATCH(FmaRounds)(kRounds, &sinks[slot * 16]);
-    });
-    double total = 0.0;
-    for (double part : flops) total += part;
-    best.fma_gflops = std::max(best.fma_gflops, total / seconds_since(start) * 1e-9);
+    const double flops = run_fma();
+    best.fma_gflops = std::max(best.fma_gflops, flops / seconds_since(start) * 1e-9);
   } while (seconds_since(start_fma) < seconds);
 
   constexpr std::int64_t kFloats = std::int64_t{64} << 20;  // 256 MiB

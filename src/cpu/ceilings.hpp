@@ -12,4 +12,8 @@ struct Ceilings {
 
 Ceilings measure_ceilings(double seconds = 0.3);
 
+/// Runs some milliseconds of f32 fused multiply-adds from registers on every thread of the pool and
+/// returns how many FLOP that was, for callers with their own clock.
+double run_fma();
+
 }  // namespace msa::cpu

@@ -225,13 +225,13 @@ TEST(Validate, SparseAttentionBackward) {
          "k has dtype e4m3, expected f32 or f16 or bf16 or f64");
   for (const auto& [name, field] :
        {std::pair{"out", &Args::out}, {"dout", &Args::dout}, {"dq", &Args::dq}}) {
-    expect([field = field](Args& a) { (a.*field).shape[0] = 2; },
+    expect([member = field](Args& a) { (a.*member).shape[0] = 2; },
            std::string(name) +
                " has shape [2, 4, 64], expected [total_q=3, num_q_heads=4, head_dim=64]");
   }
   for (const auto& [name, field] :
        {std::pair{"v", &Args::v}, {"dk", &Args::dk}, {"dv", &Args::dv}}) {
-    expect([field = field](Args& a) { (a.*field).shape[0] = 2; },
+    expect([member = field](Args& a) { (a.*member).shape[0] = 2; },
            std::string(name) +
                " has shape [2, 2, 64], expected [total_k=20, num_kv_heads=2, head_dim=64]");
   }

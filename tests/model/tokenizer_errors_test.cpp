@@ -206,7 +206,8 @@ void try_everything(const std::string& text) {
       const auto ids = tokenizer.encode(input, true);
       (void)tokenizer.decode(ids, false);
     }
-  } catch (const Error&) {
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()), "");
   }
 }
 

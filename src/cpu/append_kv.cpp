@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstring>
+
+#include "core/scalar.hpp"
+#include "core/sequences.hpp"
+#include "cpu/support.hpp"
+
+namespace msa::cpu {
+namespace {
+
+/// One token of one head, converted to the dtype of the pages.
+void copy_row(const TensorView& rows, std::int64_t from, const TensorView& pages, std::int64_t to,
+              std::int64_t dim) {
+  const std::byte* source = core::address_at(rows, from);
+  std::byte* target = core::address_at(pages, to);
+  if (rows.dtype == pages.dtype) {
+    std::memcpy(target, source, static_cast<std::size_t>(dim) * size_of(rows.dtype));
+    return;
+  }
+  const std::size_t source_size = size_of(rows.dtype);
+  const std::size_t target_size = size_of(pages.dtype);
+  if (rows.dtype == DType::f32 && pages.dtype == DType::bf16) {
+    for (std::int64_t d = 0; d < dim; ++d) {
+      float value = 0.0f;
+      std::memcpy(&value, source + d * 4, sizeof(value));
+      const std::uint16_t bits = core::f32_to_bf16(value);
+      std::memcpy(target + d * 2, &bits, sizeof(bits));
+    }
+    return;
+  }
+  for (std::int64_t d = 0; d < dim; ++d, source += source_size, target += target_size) {
+    core::store_element(target, pages.dtype, core::load_element(source, rows.dtype));
+  }
+}
+
+void append(const AppendKv& args, const core::Sequences& sequences, const TensorView& rows,
+            const TensorView& pages) {
+  if (!rows.given()) return;
+  const std::int64_t block_size = args.problem.block_size;
+  // A token's heads are few and short: tasks of 64 tokens.
+  constexpr std::int64_t kTokens = 64;
+  core::parallel_for(core::ceil_div(rows.shape[0], kTokens), [&](std::int64_t task, int) {
+    const std::int64_t end = std::min((task + 1) * kTokens, rows.shape[0]);
+    for (std::int64_t token = task * kTokens; token < end; ++token) {
+      const core::Sequence sequence = sequences.of_query(token);
+      const std::int64_t position = sequence.position(token - sequence.q_begin);
+      if (position < 0) continue;
+      const std::int64_t page =
+          core::load_i32(args.batch.page_table, sequence.batch_idx, position / block_size);
+      if (page < 0 || page >= pages.shape[0]) continue;
+      for (std::int64_t head = 0; head < pages.shape[1]; ++head) {
+        copy_row(rows, core::offset_of(rows, token, head), pages,
+                 core::offset_of(pages, page, head, position % block_size), pages.shape[3]);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const detail::Implementation<AppendKv> kAppendKv = {
+    .name = "cpu",
+    .dtypes = "f32 f16 bf16",
+    .declines = declines<AppendKv>,
+    .workspace_bytes = [](const AppendKv&) -> std::size_t { return 0; },
+    .run =
+        [](const AppendKv& args, std::span<std::byte>, Stream) {
+          const core::Sequences sequences(args);
+          append(args, sequences, args.k, args.k_pages);
+          append(args, sequences, args.v, args.v_pages);
+          append(args, sequences, args.index_k, args.index_k_pages);
+        }};
+
+}  // namespace msa::cpu

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Index Branch scores and the fused indexer (paper eqs. 5-7). A tile is some neighbouring queries
+// with all index heads: they share the one index key head, so each KV block is packed once per tile
+// and multiplied with all its rows. The block maximum is taken in registers; token scores never
+// reach memory. A score is one chain of fused multiply-adds over index_dim, then one product with
+// the scale: the same bits however queries and blocks are divided, so the selection of a prompt
+// does not depend on chunks, tiles or threads.
+#include <cmath>
+#include <limits>
+
+#include "core/scalar.hpp"
+#include "core/sequences.hpp"
+#include "cpu/support.hpp"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/indexer.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h, as Highway requires.
+#include <hwy/highway.h>
+
+#include "cpu/select-inl.hpp"
+#include "cpu/tile-inl.hpp"
+
+#ifndef MSA_CPU_INDEXER_ONCE
+#define MSA_CPU_INDEXER_ONCE
+namespace msa::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::int64_t kMaxRows = 128;      ///< of a tile, if there are not more index heads
+constexpr std::int64_t kTilesPerSlice = 4;  ///< whose block scores a worker's memory holds
+
+struct IndexRequest {
+  const Problem& problem;
+  const Batch& batch;
+  TensorView index_q, index_k;
+  float scale;
+};
+
+template <class Args>
+IndexRequest request_of(const Args& args) {
+  float scale = 0.0f;
+  if constexpr (requires { args.index_scale; }) scale = args.index_scale;
+  if (scale == 0.0f) {
+    scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(args.problem.index_dim)));
+  }
+  return {args.problem, args.batch, args.index_q, args.index_k, scale};
+}
+
+/// Queries [first, first + count) of a sequence, all index heads; rows are (query, head), heads
+/// fastest.
+struct IndexTile {
+  core::Sequence sequence;
+  std::int64_t first;
+  std::int64_t count;
+  std::int64_t block_begin;  ///< blocks to score: [block_begin, block_end)
+  std::int64_t block_end;
+
+  std::int64_t position(std::int64_t query) const { return sequence.position(first + query); }
+};
+
+/// One worker's memory.
+struct IndexScratch {
+  float* q;        ///< [rows][padded_dim]
+  float* partial;  ///< [rows][lanes], maxima per lane
+  float** target;  ///< [rows], where the scores of the row's blocks go
+  float* panel;    ///< depth index_dim, block_size columns
+  float* pack;
+  std::uint64_t* best;  ///< [top_k]
+  std::int32_t* ids;    ///< [top_k]
+};
+
+std::int64_t max_queries_per_tile(const Problem& p) {
+  return std::clamp<std::int64_t>(kMaxRows / p.num_kv_heads, 1, 64);
+}
+
+IndexScratch lay_out(const Problem& p, core::WorkspaceLayout& layout) {
+  const std::int64_t rows = max_queries_per_tile(p) * p.num_kv_heads;
+  IndexScratch scratch;
+  scratch.q = layout.take<float>(rows * round_up(p.index_dim, kMaxLanes));
+  scratch.partial = layout.take<float>(rows * kMaxLanes);
+  scratch.target = layout.take<float*>(rows);
+  scratch.panel = layout.take<float>(std::int64_t{p.block_size} * p.index_dim);
+  scratch.pack = layout.take<float>(pack_scratch(p.index_dim));
+  scratch.best = layout.take<std::uint64_t>(p.top_k);
+  scratch.ids = layout.take<std::int32_t>(p.top_k);
+  return scratch;
+}
+
+std::size_t scratch_bytes(const Problem& p) {
+  core::WorkspaceLayout layout;
+  lay_out(p, layout);
+  return layout.bytes();
+}
+
+}  // namespace
+}  // namespace msa::cpu
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu::HWY_NAMESPACE {
+
+/// Maxima over the tokens of one packed block for rows [first_row, num_rows); `base` is the
+/// block's first token.
+void block_maxima(const IndexRequest& request, const IndexTile& tile, std::int64_t first_row,
+                  std::int64_t num_tokens, std::int64_t base, const IndexScratch& scratch) {
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  const Problem& p = request.problem;
+  const std::int64_t heads = p.num_kv_heads;
+  const std::int64_t padded_dim = round_up(p.index_dim, kMaxLanes);
+  const auto lowest = hn::Set(d, -kInfinity);
+  const Panel panel{scratch.panel, p.index_dim, core::ceil_div(num_tokens, n)};
+  const std::int64_t num_rows = tile.count * heads;
+  for (std::int64_t row = first_row; row < num_rows; ++row) {
+    hn::StoreU(lowest, d, scratch.partial + row * kMaxLanes);
+  }
+  for_each_tile(num_rows - first_row, panel.num_vectors,
+                [&](auto rows, auto vectors, std::int64_t first, std::int64_t vector) {
+                  const float* a[rows];
+                  Sums<rows, vectors> sums;
+                  for (std::int64_t r = 0; r < rows; ++r) {
+                    a[r] = scratch.q + (first_row + first + r) * padded_dim;
+                    for (std::int64_t v = 0; v < vectors; ++v) sums[r][v] = hn::Zero(d);
+                  }
+                  multiply<rows, vectors>(a, panel.strip(vector), panel.depth, sums);
+                  const std::int64_t end = (vector + vectors) * n;
+                  for (std::int64_t r = 0; r < rows; ++r) {
+                    const std::int64_t row = first_row + first + r;
+                    const std::int64_t limit = tile.position(row / heads) + 1 - base;
+                    auto highest = hn::LoadU(d, scratch.partial + row * kMaxLanes);
+                    for (std::int64_t v = 0; v < vectors; ++v) {
+                      // A NaN is greater than nothing, on every target.
+                      auto better = hn::Gt(sums[r][v], highest);
+                      if (limit < end) {
+                        const std::int64_t visible =
+                            std::clamp<std::int64_t>(limit - (vector + v) * n, 0, n);
+                        better = hn::And(better, hn::FirstN(d, static_cast<std::size_t>(visible)));
+                      }
+                      highest = hn::IfThenElse(better, sums[r][v], highest);
+                    }
+                    hn::StoreU(highest, d, scratch.partial + row * kMaxLanes);
+                  }
+                });
+}
+
+void load_queries(const IndexRequest& request, const IndexTile& tile, const IndexScratch& scratch) {
+  const FloatTag d;
+  const Problem& p = request.problem;
+  const std::int64_t padded_dim = round_up(p.index_dim, kMaxLanes);
+  for (std::int64_t row = 0; row < tile.count * p.num_kv_heads; ++row) {
+    const std::int64_t offset =
+        core::offset_of(request.index_q, tile.sequence.q_begin + tile.first + row / p.num_kv_heads,
+                        row % p.num_kv_heads);
+    float* const to = scratch.q + row * padded_dim;
+    with_elements(request.index_q, offset,
+                  [&](const auto* from) { convert_row(from, p.index_dim, to); });
+    if (request.scale >= 0.0f) continue;
+    // The maximum is taken before the scale, which then has to be positive.
+    for (std::int64_t i = 0; i < p.index_dim; i += lanes()) {
+      hn::StoreU(hn::Neg(hn::LoadU(d, to + i)), d, to + i);
+    }
+  }
+}
+
+/// Scores blocks [block_begin, block_end) of every row into scratch.target; -inf where a block has
+/// no visible token.
+void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexScratch& scratch) {
+  const FloatTag d;
+  const Problem& p = request.problem;
+  const std::int64_t heads = p.num_kv_heads;
+  const std::int64_t num_rows = tile.count * heads;
+  const float scale = std::fabs(request.scale);
+  load_queries(request, tile, scratch);
+  const std::int64_t end =
+      std::min(tile.block_end, core::ceil_div(tile.position(tile.count - 1) + 1, p.block_size));
+  const auto rows_of = [&](std::int64_t block) {
+    return block < end ? core::block_rows(request.index_k, request.batch, p.block_size,
+                                          tile.sequence, 0, block)
+                       : core::BlockRows{};
+  };
+  for (std::int64_t block = tile.block_begin; block < tile.block_end; ++block) {
+    const std::int64_t base = block * p.block_size;
+    const std::int64_t num_tokens =
+        std::min<std::int64_t>(tile.position(tile.count - 1) + 1 - base, p.block_size);
+    const std::int64_t first_query =
+        std::clamp<std::int64_t>(base - tile.position(0), 0, tile.count);
+    std::int64_t first_row = first_query * heads;
+    const core::BlockRows keys = rows_of(block);
+    if (keys.num_tokens == 0) first_row = num_rows;  // invisible, or a page id out of range
+    for (std::int64_t row = 0; row < first_row; ++row) scratch.target[row][block] = -kInfinity;
+    if (first_row == num_rows) continue;
+    with_elements(request.index_k, keys.offset, [&](const auto* from) {
+      pack_keys(from, keys.token_stride, num_tokens, p.index_dim,
+                next_rows(request.index_k, rows_of(block + 1)), scratch.pack, scratch.panel);
+    });
+    block_maxima(request, tile, first_row, num_tokens, base, scratch);
+    for (std::int64_t row = first_row; row < num_rows; ++row) {
+      const auto partial = hn::LoadU(d, scratch.partial + row * kMaxLanes);
+      const float score = hn::GetLane(hn::MaxOfLanes(d, partial)) * scale;
+      scratch.target[row][block] = std::isnan(score) ? -kInfinity : score;
+    }
+  }
+}
+
+/// Selects the blocks of every row of the tile from scratch.target.
+void select_tile(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  for (std::int64_t row = 0; row < tile.count * p.num_kv_heads; ++row) {
+    const std::int64_t query = row / p.num_kv_heads;
+    const std::int64_t position = tile.position(query);
+    const std::int64_t visible = position < 0 ? 0 : position / p.block_size + 1;
+    select_row(scratch.target[row], visible, p, scratch.best, scratch.ids);
+    for (std::int64_t slot = 0; slot < p.top_k; ++slot) {
+      core::store_i32(args.block_ids, scratch.ids[slot], row % p.num_kv_heads,
+                      tile.sequence.q_begin + tile.first + query, slot);
+    }
+  }
+}
+
+}  // namespace msa::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace msa::cpu {
+HWY_EXPORT(score_tile);
+HWY_EXPORT(select_tile);
+
+namespace {
+
+/// Packed queries cut into tiles, and block columns cut into ranges where there are too few tiles
+/// to keep all threads busy (decode).
+struct IndexGrid {
+  std::int64_t queries = 0;  ///< per tile
+  std::int64_t num_tiles = 0;
+  std::int64_t num_blocks = 0;  ///< columns
+  std::int64_t blocks = 0;      ///< per range
+  std::int64_t num_ranges = 1;
+
+  IndexGrid(const Problem& p, std::int64_t total_q, std::int64_t columns)
+      : queries(max_queries_per_tile(p)),
+        num_tiles(core::ceil_div(total_q, queries)),
+        num_blocks(columns),
+        blocks(columns) {}
+
+  void divide_blocks(std::int64_t threads) {
+    constexpr std::int64_t kMinBlocks = 8;
+    if (num_tiles == 0 || num_blocks == 0) return;
+    const std::int64_t wanted = core::ceil_div(4 * threads, num_tiles);
+    blocks = std::clamp(core::ceil_div(num_blocks, wanted), std::min(kMinBlocks, num_blocks),
+                        num_blocks);
+    num_ranges = core::ceil_div(num_blocks, blocks);
+  }
+
+  /// Calls visit(tile, rows before it in its grid tile) for the sequences of one grid tile.
+  template <class Visit>
+  void for_each_sequence(const core::Sequences& sequences, std::int64_t total_q, std::int64_t tile,
+                         std::int64_t range, Visit visit) const {
+    const std::int64_t begin = tile * queries;
+    const std::int64_t end = std::min(begin + queries, total_q);
+    for (std::int64_t row = begin; row < end;) {
+      const core::Sequence sequence = sequences.of_query(row);
+      const std::int64_t first = row - sequence.q_begin;
+      const std::int64_t count = std::min(end - row, sequence.q_len - first);
+      visit(IndexTile{.sequence = sequence,
+                      .first = first,
+                      .count = count,
+                      .block_begin = range * blocks,
+                      .block_end = std::min((range + 1) * blocks, num_blocks)},
+            row - begin);
+      row += count;
+    }
+  }
+};
+
+std::size_t slice_bytes(const IndexerScores& args) { return scratch_bytes(args.problem); }
+
+void run(const IndexerScores& args, std::span<std::byte> workspace, Stream) {
+  const core::Sequences sequences(args);
+  const IndexRequest request = request_of(args);
+  const Problem& p = args.problem;
+  const std::int64_t total_q = args.index_q.shape[0];
+  IndexGrid grid(p, total_q, args.block_scores.shape[2]);
+  grid.divide_blocks(num_threads());
+  for_each_item(
+      grid.num_tiles * grid.num_ranges, workspace, slice_bytes(args),
+      [&](std::int64_t item, std::byte* memory) {
+        core::WorkspaceLayout layout(memory);
+        const IndexScratch scratch = lay_out(p, layout);
+        // The last queries see most keys: heavy items first.
+        const std::int64_t tile_idx = grid.num_tiles - 1 - item / grid.num_ranges;
+        grid.for_each_sequence(
+            sequences, total_q, tile_idx, item % grid.num_ranges,
+            [&](const IndexTile& tile, std::int64_t) {
+              for (std::int64_t row = 0; row < tile.count * p.num_kv_heads; ++row) {
+                scratch.target[row] = reinterpret_cast<float*>(core::address_at(
+                    args.block_scores,
+                    core::offset_of(args.block_scores, row % p.num_kv_heads,
+                                    tile.sequence.q_begin + tile.first + row / p.num_kv_heads)));
+              }
+              HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
+            });
+      });
+}
+
+/// Block scores of one grid tile, behind the scratch of a slice: f32 [rows][num_blocks].
+std::size_t tile_scores_bytes(const Indexer& args) {
+  const std::int64_t columns = core::ceil_div(core::max_seq_len_k(args), args.problem.block_size);
+  core::WorkspaceLayout layout;
+  layout.take<float>(max_queries_per_tile(args.problem) * args.problem.num_kv_heads * columns);
+  return layout.bytes();
+}
+
+std::int64_t tiles_per_slice(const Indexer& args) {
+  const IndexGrid grid(args.problem, args.index_q.shape[0], 1);
+  return std::clamp<std::int64_t>(grid.num_tiles, 1, kTilesPerSlice);
+}
+
+std::size_t slice_bytes(const Indexer& args) {
+  return scratch_bytes(args.problem) +
+         static_cast<std::size_t>(tiles_per_slice(args)) * tile_scores_bytes(args);
+}
+
+void run(const Indexer& args, std::span<std::byte> workspace, Stream) {
+  const core::Sequences sequences(args);
+  const IndexRequest request = request_of(args);
+  const Problem& p = args.problem;
+  const std::int64_t total_q = args.index_q.shape[0];
+  const std::int64_t columns = core::ceil_div(core::max_seq_len_k(args), p.block_size);
+  const std::size_t bytes = slice_bytes(args);
+  const auto slices = static_cast<std::int64_t>(workspace.size() / bytes);
+  IndexGrid grid(p, total_q, columns);
+
+  /// Memory for the scores of grid tile `slot`; `slice` tells where the first slot is.
+  const auto scores_at = [&](std::byte* slice, std::int64_t slot) {
+    return reinterpret_cast<float*>(slice + scratch_bytes(p) +
+                                    static_cast<std::size_t>(slot) * tile_scores_bytes(args));
+  };
+  const auto point_rows = [&](const IndexScratch& scratch, const IndexTile& tile,
+                              std::int64_t row_begin, float* scores) {
+    for (std::int64_t row = 0; row < tile.count * p.num_kv_heads; ++row) {
+      scratch.target[row] = scores + (row_begin * p.num_kv_heads + row) * columns;
+    }
+  };
+
+  if (grid.num_tiles > slices * tiles_per_slice(args)) {
+    for_each_item(grid.num_tiles, workspace, bytes, [&](std::int64_t item, std::byte* memory) {
+      core::WorkspaceLayout layout(memory);
+      const IndexScratch scratch = lay_out(p, layout);
+      grid.for_each_sequence(sequences, total_q, grid.num_tiles - 1 - item, 0,
+                             [&](IndexTile tile, std::int64_t row_begin) {
+                               point_rows(scratch, tile, row_begin, scores_at(memory, 0));
+                               tile.block_end = core::ceil_div(tile.sequence.k_len, p.block_size);
+                               HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
+                               HWY_DYNAMIC_DISPATCH(select_tile)(args, tile, scratch);
+                             });
+    });
+    return;
+  }
+
+  // Few queries: the scores of all of them fit, so that threads can divide the blocks.
+  grid.divide_blocks(std::min<std::int64_t>(slices, num_threads()));
+  const auto scores_of_tile = [&](std::int64_t tile) {
+    const std::int64_t slice = tile / tiles_per_slice(args);
+    return scores_at(workspace.data() + static_cast<std::size_t>(slice) * bytes,
+                     tile % tiles_per_slice(args));
+  };
+  for_each_item(grid.num_tiles * grid.num_ranges, workspace, bytes,
+                [&](std::int64_t item, std::byte* memory) {
+                  core::WorkspaceLayout layout(memory);
+                  const IndexScratch scratch = lay_out(p, layout);
+                  const std::int64_t tile_idx = grid.num_tiles - 1 - item / grid.num_ranges;
+                  grid.for_each_sequence(sequences, total_q, tile_idx, item % grid.num_ranges,
+                                         [&](const IndexTile& tile, std::int64_t row_begin) {
+                                           point_rows(scratch, tile, row_begin,
+                                                      scores_of_tile(tile_idx));
+                                           HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
+                                         });
+                });
+  for_each_item(grid.num_tiles, workspace, bytes, [&](std::int64_t item, std::byte* memory) {
+    core::WorkspaceLayout layout(memory);
+    const IndexScratch scratch = lay_out(p, layout);
+    grid.for_each_sequence(sequences, total_q, item, 0,
+                           [&](const IndexTile& tile, std::int64_t row_begin) {
+                             point_rows(scratch, tile, row_begin, scores_of_tile(item));
+                             HWY_DYNAMIC_DISPATCH(select_tile)(args, tile, scratch);
+                           });
+  });
+}
+
+}  // namespace
+
+const detail::Implementation<IndexerScores> kIndexerScores = {
+    .name = "cpu",
+    .dtypes = "f32 f16 bf16",
+    .declines = declines<IndexerScores>,
+    .workspace_bytes =
+        [](const IndexerScores& args) { return workspace_of_slices(slice_bytes(args)); },
+    .run = run};
+
+const detail::Implementation<Indexer> kIndexer = {
+    .name = "cpu",
+    .dtypes = "f32 f16 bf16",
+    .declines = declines<Indexer>,
+    .workspace_bytes = [](const Indexer& args) { return workspace_of_slices(slice_bytes(args)); },
+    .run = run};
+
+}  // namespace msa::cpu
+#endif

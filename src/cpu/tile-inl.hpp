@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What attention and the indexer are made of: KV blocks packed into f32 panels, and register tiles
+// that multiply rows with a panel. Included once per SIMD target.
+//
+// Every element of a product is one chain of fused multiply-adds in ascending order of the summed
+// index. It does not depend on the tile that the element is computed in: results are bit-identical
+// however queries are divided into tiles, threads and chunks.
+#if defined(MSA_CPU_TILE_INL_HPP_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MSA_CPU_TILE_INL_HPP_
+#undef MSA_CPU_TILE_INL_HPP_
+#else
+#define MSA_CPU_TILE_INL_HPP_
+#endif
+
+#include <hwy/cache_control.h>
+#include <hwy/highway.h>
+
+#include <bit>
+#include <type_traits>
+
+#include "core/scalar.hpp"
+#include "core/sequences.hpp"
+#include "cpu/exp2-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu::HWY_NAMESPACE {
+
+// AVX-512 and NEON have 32 vector registers, AVX2 and SSE 16: kTileRows * kTileVectors sums, one
+// row of the panel and one broadcast must fit.
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+inline constexpr std::int64_t kTileVectors = 2;
+#else
+inline constexpr std::int64_t kTileVectors = 4;
+#endif
+inline constexpr std::int64_t kTileRows = 4;
+
+HWY_INLINE std::int64_t lanes() { return static_cast<std::int64_t>(hn::Lanes(FloatTag())); }
+
+/// A panel is a [depth][columns] matrix cut into strips of kTileVectors vectors (the last may be
+/// narrower), each strip contiguous: [strip][depth][strip width].
+struct Panel {
+  const float* data;
+  std::int64_t depth;
+  std::int64_t num_vectors;  ///< columns / lanes, rounded up
+
+  HWY_INLINE const float* strip(std::int64_t first_vector) const {
+    return data + first_vector * lanes() * depth;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Rows to f32
+
+HWY_INLINE FloatVector load_vector(const float* from) { return hn::LoadU(FloatTag(), from); }
+HWY_INLINE FloatVector load_vector(const hwy::bfloat16_t* from) {
+  return hn::PromoteTo(FloatTag(), hn::LoadU(hn::Rebind<hwy::bfloat16_t, FloatTag>(), from));
+}
+#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR
+// Without instructions for it, Highway's conversion takes infinities and NaN for numbers.
+HWY_INLINE FloatVector load_vector(const hwy::float16_t* from) {
+  HWY_ALIGN float converted[kMaxLanes];
+  for (std::int64_t i = 0; i < lanes(); ++i) {
+    converted[i] = core::f16_to_f32(std::bit_cast<std::uint16_t>(from[i]));
+  }
+  return hn::Load(FloatTag(), converted);
+}
+#else
+HWY_INLINE FloatVector load_vector(const hwy::float16_t* from) {
+  return hn::PromoteTo(FloatTag(), hn::LoadU(hn::Rebind<hwy::float16_t, FloatTag>(), from));
+}
+#endif
+
+HWY_INLINE float load_scalar(const float* from) { return *from; }
+HWY_INLINE float load_scalar(const hwy::bfloat16_t* from) {
+  return core::bf16_to_f32(std::bit_cast<std::uint16_t>(*from));
+}
+HWY_INLINE float load_scalar(const hwy::float16_t* from) {
+  return core::f16_to_f32(std::bit_cast<std::uint16_t>(*from));
+}
+
+/// to[0, dim) = from[0, dim), zeros up to a multiple of the vector width. Reads nothing else.
+template <class T>
+HWY_INLINE void convert_row(const T* HWY_RESTRICT from, std::int64_t dim, float* HWY_RESTRICT to) {
+  const FloatTag d;
+  std::int64_t i = 0;
+  for (; i + lanes() <= dim; i += lanes()) hn::StoreU(load_vector(from + i), d, to + i);
+  if (i == dim) return;
+  hn::StoreU(hn::Zero(d), d, to + i);
+  for (; i < dim; ++i) to[i] = load_scalar(from + i);
+}
+
+/// Calls visit with a typed pointer to element `offset` of a f32, f16 or bf16 tensor.
+template <class Visit>
+HWY_INLINE void with_elements(const TensorView& view, std::int64_t offset, Visit visit) {
+  const void* address = core::address_at(view, offset);
+  switch (view.dtype) {
+    case DType::bf16:
+      return visit(static_cast<const hwy::bfloat16_t*>(address));
+    case DType::f16:
+      return visit(static_cast<const hwy::float16_t*>(address));
+    default:
+      return visit(static_cast<const float*>(address));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Packing
+
+#if HWY_TARGET == HWY_SCALAR
+
+/// to[k * width + j] = from[j * row + k] for j in [0, lanes), k in [0, dim).
+HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t, std::int64_t dim,
+                          float* HWY_RESTRICT to, std::int64_t width) {
+  for (std::int64_t k = 0; k < dim; ++k) to[k * width] = from[k];
+}
+
+#else
+
+/// The 128-bit pieces base[0..3], base[4 * stride ..], ... as one vector.
+HWY_INLINE FloatVector load_pieces(const float* base, std::int64_t stride) {
+  const FloatTag d;
+  auto v = hn::LoadDup128(d, base);
+  for (std::int64_t piece = 1; piece < lanes() / 4; ++piece) {
+    v = hn::IfThenElse(hn::FirstN(d, static_cast<std::size_t>(4 * piece)), v,
+                       hn::LoadDup128(d, base + 4 * piece * stride));
+  }
+  return v;
+}
+
+/// to[k * width + j] = from[j * row + k] for j in [0, lanes), k in [0, dim).
+HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t row, std::int64_t dim,
+                          float* HWY_RESTRICT to, std::int64_t width) {
+  const FloatTag d;
+  const hn::Repartition<std::uint64_t, FloatTag> d64;
+  for (std::int64_t k = 0; k < dim; k += 4) {
+    // Lane 4 i + j of row_j is token 4 i + j, so four by four inside each 128-bit piece.
+    const auto row0 = load_pieces(from + k, row);
+    const auto row1 = load_pieces(from + row + k, row);
+    const auto row2 = load_pieces(from + 2 * row + k, row);
+    const auto row3 = load_pieces(from + 3 * row + k, row);
+    const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, row0, row1));
+    const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, row2, row3));
+    const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, row0, row1));
+    const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, row2, row3));
+    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, to);
+    if (k + 1 < dim) {
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, to + width);
+    }
+    if (k + 2 < dim) {
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, to + 2 * width);
+    }
+    if (k + 3 < dim) {
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, to + 3 * width);
+    }
+    to += 4 * width;
+  }
+}
+
+#endif
+
+/// Rows that will be packed next. Blocks lie anywhere in memory, so hardware prefetchers start
+/// anew at each: packing asks for rows kPrefetchRows ahead, into the next block at the end.
+struct NextRows {
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;  ///< bytes
+};
+inline constexpr std::int64_t kPrefetchRows = 16;
+
+inline NextRows next_rows(const TensorView& keys, const core::BlockRows& rows) {
+  if (rows.num_tokens == 0) return {};
+  return {core::address_at(keys, rows.offset),
+          rows.token_stride * static_cast<std::int64_t>(size_of(keys.dtype))};
+}
+
+template <class T>
+HWY_INLINE void prefetch_row(const T* block, std::int64_t token_stride, std::int64_t num_tokens,
+                             std::int64_t dim, std::int64_t token, const NextRows& next) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t ahead = token + kPrefetchRows;
+  const auto* row = reinterpret_cast<const std::byte*>(block + ahead * token_stride);
+  if (ahead >= num_tokens) {
+    if (next.data == nullptr) return;
+    row = next.data + (ahead - num_tokens) * next.stride;
+  }
+  for (std::int64_t byte = 0; byte < dim * static_cast<std::int64_t>(sizeof(T)); byte += kLine) {
+    hwy::Prefetch(row + byte);
+  }
+}
+
+/// Tokens [0, num_tokens) of a KV block become the columns of a panel of depth `dim`; columns up to
+/// the vector width are zero.
+template <class T>
+void pack_keys(const T* block, std::int64_t token_stride, std::int64_t num_tokens, std::int64_t dim,
+               const NextRows& next, float* HWY_RESTRICT scratch, float* HWY_RESTRICT panel) {
+  const std::int64_t n = lanes();
+  const std::int64_t row = round_up(dim, n);
+  const std::int64_t num_vectors = core::ceil_div(num_tokens, n);
+  for (std::int64_t vector = 0; vector < num_vectors; ++vector) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      const std::int64_t token = vector * n + j;
+      float* const to = scratch + j * row;
+      if (token < num_tokens) {
+        prefetch_row(block, token_stride, num_tokens, dim, token, next);
+        convert_row(block + token * token_stride, dim, to);
+      } else {
+        std::fill_n(to, row, 0.0f);
+      }
+    }
+    const std::int64_t strip = vector / kTileVectors * kTileVectors;
+    const std::int64_t width = std::min(kTileVectors, num_vectors - strip) * n;
+    transpose(scratch, row, dim, panel + strip * n * dim + (vector - strip) * n, width);
+  }
+}
+
+/// Tokens [0, num_tokens) become the rows of a panel of depth num_tokens; columns beyond dim are
+/// zero.
+template <class T>
+void pack_values(const T* block, std::int64_t token_stride, std::int64_t num_tokens,
+                 std::int64_t dim, const NextRows& next, float* HWY_RESTRICT panel) {
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  const std::int64_t num_vectors = core::ceil_div(dim, n);
+  for (std::int64_t token = 0; token < num_tokens; ++token) {
+    prefetch_row(block, token_stride, num_tokens, dim, token, next);
+    const T* const from = block + token * token_stride;
+    for (std::int64_t strip = 0; strip < num_vectors; strip += kTileVectors) {
+      const std::int64_t vectors = std::min(kTileVectors, num_vectors - strip);
+      float* to = panel + strip * n * num_tokens + token * vectors * n;
+      for (std::int64_t vector = strip; vector < strip + vectors; ++vector, to += n) {
+        const std::int64_t first = vector * n;
+        if (first + n <= dim) {
+          hn::StoreU(load_vector(from + first), d, to);
+        } else {
+          convert_row(from + first, dim - first, to);
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Products
+
+template <std::int64_t kRows, std::int64_t kVectors>
+using Sums = FloatVector[kRows][kVectors];
+
+/// sums[r][v] += sum over i in [0, depth) of a[r][i] * strip[i][v]
+template <std::int64_t kRows, std::int64_t kVectors>
+HWY_INLINE void multiply(const float* const* HWY_RESTRICT a, const float* HWY_RESTRICT strip,
+                         std::int64_t depth, Sums<kRows, kVectors>& sums) {
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  for (std::int64_t i = 0; i < depth; ++i, strip += kVectors * n) {
+    FloatVector b[kVectors];
+#pragma GCC unroll 8
+    for (std::int64_t v = 0; v < kVectors; ++v) b[v] = hn::LoadU(d, strip + v * n);
+#pragma GCC unroll 8
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const auto factor = hn::Set(d, a[r][i]);
+#pragma GCC unroll 8
+      for (std::int64_t v = 0; v < kVectors; ++v) {
+        sums[r][v] = hn::MulAdd(factor, b[v], sums[r][v]);
+      }
+    }
+  }
+}
+
+template <std::int64_t kValue>
+using Constant = std::integral_constant<std::int64_t, kValue>;
+
+/// Calls visit(Constant<value>) for a value in [1, kMax].
+template <std::int64_t kMax, class Visit>
+HWY_INLINE void with_constant(std::int64_t value, Visit visit) {
+  if constexpr (kMax > 1) {
+    if (value < kMax) return with_constant<kMax - 1>(value, visit);
+  }
+  visit(Constant<kMax>());
+}
+
+/// Calls visit(rows, vectors, first_row, first_vector) for the register tiles of a product, the
+/// first two as constants. Strips run outermost, so that one stays in the L1 cache.
+template <class Visit>
+HWY_INLINE void for_each_tile(std::int64_t num_rows, std::int64_t num_vectors, Visit visit) {
+  for (std::int64_t vector = 0; vector < num_vectors; vector += kTileVectors) {
+    with_constant<kTileVectors>(std::min(kTileVectors, num_vectors - vector), [&](auto vectors) {
+      std::int64_t row = 0;
+      for (; row + kTileRows <= num_rows; row += kTileRows) {
+        visit(Constant<kTileRows>(), vectors, row, vector);
+      }
+      if (row < num_rows) {
+        with_constant<kTileRows - 1>(num_rows - row,
+                                     [&](auto rows) { visit(rows, vectors, row, vector); });
+      }
+    });
+  }
+}
+
+}  // namespace msa::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif
