@@ -37,6 +37,7 @@ Json model_report(const std::string& directory) {
   return {{"directory", directory},
           {"model_type", config.model_type},
           {"tensor_names", weights.naming},
+          {"unused_tensors", weights.unused},
           {"num_parameters", weights.num_parameters},
           {"weight_bytes", weights.num_bytes},
           {"hidden_size", config.hidden_size},

@@ -5,8 +5,11 @@
 // table. Where a field is absent, the default is that of transformers' configuration class.
 #include "model/config.hpp"
 
-#include <array>
-#include <optional>
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <initializer_list>
+#include <system_error>
 
 #include "core/check.hpp"
 #include "model/json_file.hpp"
@@ -15,6 +18,9 @@
 namespace msa::model {
 namespace {
 
+/// Far above any model; keeps a malformed file from asking for gigabytes.
+constexpr std::int64_t kMostLayers = 4096;
+
 std::int64_t integer(const JsonNode& node) {
   if (!node.value().is_number_integer()) {
     node.fail(core::concat("expected an integer, got ", node.value().dump()));
@@ -22,13 +28,13 @@ std::int64_t integer(const JsonNode& node) {
   return node.value().get<std::int64_t>();
 }
 
-/// An integer of at least `lowest`; `fallback` where absent.
-std::int64_t integer(const JsonNode& node, std::int64_t fallback, std::int64_t lowest = 1) {
+/// An integer of `lowest` to `highest`; `fallback` where absent.
+std::int64_t integer(const JsonNode& node, std::int64_t fallback, std::int64_t lowest = 1,
+                     std::int64_t highest = INT32_MAX) {
   if (node.is_null()) return fallback;
   const std::int64_t value = integer(node);
-  constexpr std::int64_t kHighest = INT32_MAX;
-  if (value < lowest || value > kHighest) {
-    node.fail(core::concat("is ", value, ", expected ", lowest, " to ", kHighest));
+  if (value < lowest || value > highest) {
+    node.fail(core::concat("is ", node.value().dump(), ", expected ", lowest, " to ", highest));
   }
   return value;
 }
@@ -104,6 +110,24 @@ std::vector<std::int64_t> eos_ids(const JsonNode& node) {
   return ids;
 }
 
+/// Null says that there is no such token; a file without the field means the released model's
+/// token, which smaller vocabularies don't have.
+void read_special_tokens(const JsonNode& text, const JsonNode& root, Config& config) {
+  constexpr std::int64_t kReleasedEos = 200020;
+  constexpr std::int64_t kReleasedBos = 200034;
+  const auto is_absent = [&](const char* field) {
+    return !text.object().contains(field) && !root.object().contains(field);
+  };
+  const auto if_in_vocabulary = [&](std::int64_t id) { return id < config.vocab_size ? id : -1; };
+  config.eos_token_ids = eos_ids(either(text["eos_token_id"], root["eos_token_id"]));
+  if (is_absent("eos_token_id") && if_in_vocabulary(kReleasedEos) >= 0) {
+    config.eos_token_ids = {kReleasedEos};
+  }
+  const JsonNode bos = either(text["bos_token_id"], root["bos_token_id"]);
+  config.bos_token_id = bos.is_null() ? -1 : bos.id();
+  if (is_absent("bos_token_id")) config.bos_token_id = if_in_vocabulary(kReleasedBos);
+}
+
 void read_attention(const JsonNode& text, Config& config) {
   const JsonNode sparse = text["sparse_attention_config"];
   const auto index_field = [&](const char* flat, const char* released) {
@@ -119,6 +143,15 @@ void read_attention(const JsonNode& text, Config& config) {
   p.top_k = to_int(integer(index_field("index_topk_blocks", "sparse_topk_blocks"), 16));
   p.num_local_blocks = to_int(integer(index_field("index_local_blocks", "sparse_local_block"), 1));
   p.num_init_blocks = to_int(integer(index_field("index_init_blocks", "sparse_init_block"), 0, 0));
+  if (!std::has_single_bit(static_cast<unsigned>(p.block_size)) || p.block_size < 16) {
+    index_field("index_block_size", "sparse_block_size")
+        .fail(core::concat("is ", p.block_size, ", expected a power of two from 16 on"));
+  }
+  if (p.top_k - p.num_init_blocks < p.num_local_blocks) {
+    index_field("index_topk_blocks", "sparse_topk_blocks")
+        .fail(core::concat("is ", p.top_k, ", too few for ", p.num_init_blocks, " init and ",
+                           p.num_local_blocks, " local blocks, which are always selected"));
+  }
   if (p.num_q_heads % p.num_kv_heads != 0) {
     text["num_attention_heads"].fail(core::concat(
         "is ", p.num_q_heads, ", no multiple of num_key_value_heads, ", p.num_kv_heads));
@@ -167,8 +200,9 @@ void read_rope(const JsonNode& text, Config& config) {
   config.rope_theta = positive(theta, 5e6);
   config.rotary_dim = integer(rotary, 64, 0);
   if (!factor.is_null()) {
-    const auto by_factor =
-        static_cast<std::int64_t>(number(factor, 1.0) * static_cast<double>(head_dim));
+    const double share = positive(factor, 1.0);
+    if (share > 1.0) factor.fail(core::concat("is ", share, ", expected at most 1"));
+    const auto by_factor = static_cast<std::int64_t>(share * static_cast<double>(head_dim));
     if (!rotary.is_null() && by_factor != config.rotary_dim) {
       factor.fail(core::concat("times head_dim ", head_dim, " is ", by_factor,
                                ", but rotary_dim is ", config.rotary_dim));
@@ -214,7 +248,9 @@ void read_mlp(const JsonNode& text, Config& config) {
 }  // namespace
 
 Config load_config(const std::filesystem::path& directory) {
-  MSA_CHECK(std::filesystem::is_directory(directory), directory.string(), ": is no directory");
+  std::error_code ignored;  // without it, a path that can't be looked up would not be an Error
+  MSA_CHECK(std::filesystem::is_directory(directory, ignored), directory.string(),
+            ": is no directory");
   const std::filesystem::path path = directory / "config.json";
   const std::string name = path.string();
   const nlohmann::json json = read_json_file(path);
@@ -231,15 +267,13 @@ Config load_config(const std::filesystem::path& directory) {
   config.model_type = root["model_type"].text();
   config.note = root["msa_note"].text("");
   config.hidden_size = integer(text["hidden_size"], 6144);
-  config.num_layers = integer(text["num_hidden_layers"], 60);
+  config.num_layers = integer(text["num_hidden_layers"], 60, 1, kMostLayers);
   config.vocab_size = integer(text["vocab_size"], 200064);
   config.tie_word_embeddings =
       either(text["tie_word_embeddings"], root["tie_word_embeddings"]).boolean(false);
   config.rms_norm_eps = positive(text["rms_norm_eps"], 1e-6);
   config.max_position_embeddings = integer(text["max_position_embeddings"], 524288);
-  config.eos_token_ids = eos_ids(either(text["eos_token_id"], root["eos_token_id"]));
-  const JsonNode bos = either(text["bos_token_id"], root["bos_token_id"]);
-  config.bos_token_id = bos.is_null() ? -1 : bos.id();
+  read_special_tokens(text, root, config);
   expect_flag(text["use_gemma_norm"], true, "norms multiply by 1 + weight");
   expect_flag(text["use_qk_norm"], true, "queries and keys are normalised per head");
   expect_flag(text["attention_output_gate"], false, "there is no output gate");

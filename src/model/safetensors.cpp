@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "core/check.hpp"
@@ -30,24 +31,12 @@ struct StoredDType {
 };
 
 // Every dtype of the format, so that a file with tensors that we don't use still loads.
-constexpr std::array<StoredDType, 18> kStoredDTypes = {{{"BOOL", 8},
-                                                        {"U8", 8},
-                                                        {"I8", 8},
-                                                        {"F8_E5M2", 8},
-                                                        {"F8_E4M3", 8},
-                                                        {"F8_E8M0", 8},
-                                                        {"I16", 16},
-                                                        {"U16", 16},
-                                                        {"F16", 16},
-                                                        {"BF16", 16},
-                                                        {"I32", 32},
-                                                        {"U32", 32},
-                                                        {"F32", 32},
-                                                        {"F64", 64},
-                                                        {"I64", 64},
-                                                        {"U64", 64},
-                                                        {"C64", 64},
-                                                        {"F4", 4}}};
+constexpr std::array<StoredDType, 22> kStoredDTypes = {
+    {{"BOOL", 8},        {"U8", 8},      {"I8", 8},      {"F4", 4},      {"F6_E2M3", 6},
+     {"F6_E3M2", 6},     {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+     {"F8_E5M2FNUZ", 8}, {"I16", 16},    {"U16", 16},    {"F16", 16},    {"BF16", 16},
+     {"I32", 32},        {"U32", 32},    {"F32", 32},    {"C64", 64},    {"F64", 64},
+     {"I64", 64},        {"U64", 64}}};
 
 int bits_of(const std::string& dtype) {
   const auto* found = std::find_if(kStoredDTypes.begin(), kStoredDTypes.end(),
@@ -66,15 +55,21 @@ std::int64_t size_at(const JsonNode& node) {
   return value.get<std::int64_t>();
 }
 
-/// Bytes of a tensor; fails where the product does not fit.
+/// Bytes of a tensor; fails where the product does not fit, sizes of 0 left out, so that strides
+/// fit as well.
 std::int64_t bytes_of(const JsonNode& node, const std::vector<std::int64_t>& shape, int bits) {
+  constexpr std::int64_t kMostElements = std::numeric_limits<std::int64_t>::max() / 64;
   std::int64_t count = 1;
+  bool is_empty = false;
   for (std::int64_t size : shape) {
-    if (size != 0 && count > std::numeric_limits<std::int64_t>::max() / 64 / size) {
-      node.fail("the shape has more elements than 2^63 bits hold");
+    is_empty |= size == 0;
+    if (size == 0) continue;
+    if (count > kMostElements / size) {
+      node["shape"].fail(core::concat(node["shape"].value().dump(), " has too many elements"));
     }
     count *= size;
   }
+  if (is_empty) return 0;
   if (count * bits % 8 != 0) node.fail("the elements do not fill whole bytes");
   return count * bits / 8;
 }
@@ -187,11 +182,12 @@ void TensorFiles::add_file(const std::filesystem::path& file) {
 TensorFiles::TensorFiles(const std::filesystem::path& directory) {
   const std::filesystem::path single = directory / "model.safetensors";
   const std::filesystem::path index = directory / "model.safetensors.index.json";
-  if (std::filesystem::exists(single)) {
+  std::error_code ignored;  // what can't be looked up does not exist
+  if (std::filesystem::exists(single, ignored)) {
     add_file(single);
     return;
   }
-  MSA_CHECK(std::filesystem::exists(index), directory.string(),
+  MSA_CHECK(std::filesystem::exists(index, ignored), directory.string(),
             ": has neither model.safetensors nor model.safetensors.index.json");
   const std::string name = index.string();
   const nlohmann::json json = read_json_file(index);

@@ -46,6 +46,20 @@ std::string plain_name(std::string name) {
   return name;
 }
 
+/// Plain names of one tensor in each spelling; empty: nothing special.
+struct Spelled {
+  std::string transformers{};
+  std::string released{};
+};
+
+/// The name in a checkpoint, for messages.
+std::string full_name(const std::string& spelled, const std::string& plain,
+                      const char* model_prefix) {
+  const std::string& name = spelled.empty() ? plain : spelled;
+  if (!name.starts_with("lm_head.")) return model_prefix + name;
+  return *model_prefix == 'l' ? "language_model." + name : name;
+}
+
 /// The tensors of the text model by plain name; remembers which were asked for.
 class NamedTensors {
  public:
@@ -71,13 +85,15 @@ class NamedTensors {
 
   bool has(const std::string& plain) const { return names_.count(plain) != 0; }
 
-  /// The tensor, checked for its shape. `also` is its other spelling, for the message.
+  /// The tensor, checked for its shape. `spelled` is how the two spellings name it, or the tensor
+  /// that holds it, where they differ from `plain`.
   TensorView get(const std::string& plain, std::initializer_list<Dim> dims,
-                 const std::string& also) {
+                 const Spelled& spelled = {}) {
     const auto found = names_.find(plain);
-    MSA_CHECK(found != names_.end(), directory_, ": tensor ", plain, " is missing",
-              also.empty() ? "" : " (or, as released, ", also, also.empty() ? "" : ")",
-              ", expected shape ", dims_text(dims));
+    MSA_CHECK(found != names_.end(), directory_, ": a tensor is missing: neither ",
+              full_name(spelled.transformers, plain, "model."), " nor ",
+              full_name(spelled.released, plain, "language_model.model."),
+              " is there, expected shape ", dims_text(dims));
     const TensorView view = files_.view(found->second);
     bool fits = view.rank == static_cast<int>(dims.size());
     std::size_t axis = 0;
@@ -136,68 +152,82 @@ TensorView rows_of(const TensorView& matrix, std::int64_t begin, std::int64_t co
 TensorView slice_of(const TensorView& stack, std::int64_t index) {
   TensorView matrix = rows_of(stack, index, 1);
   matrix.rank = 2;
-  for (std::size_t axis = 0; axis < 2; ++axis) {
-    matrix.shape[axis] = stack.shape[axis + 1];
-    matrix.stride[axis] = stack.stride[axis + 1];
-  }
+  matrix.shape = {stack.shape[1], stack.shape[2]};
+  matrix.stride = {stack.stride[1], stack.stride[2]};
   return matrix;
 }
 
-/// A gated MLP with matrices of its own, gate and up apart or as one matrix, gate first.
-MlpWeights load_mlp(NamedTensors& tensors, const std::string& prefix, std::int64_t width,
-                    std::int64_t hidden) {
+/// A gated MLP with matrices of its own, gate and up apart or as one matrix, gate first. `prefix`
+/// is plain, `released` its released spelling.
+MlpWeights load_mlp(NamedTensors& tensors, const std::string& prefix, const std::string& released,
+                    std::int64_t width, std::int64_t hidden) {
   const Dim hidden_dim{"hidden", hidden};
+  const std::string packed = prefix + "gate_up_proj.weight";
   MlpWeights mlp;
-  if (tensors.has(prefix + "gate_up_proj.weight")) {
-    const TensorView both = tensors.get(prefix + "gate_up_proj.weight",
-                                        {{"2 * intermediate", 2 * width}, hidden_dim}, "");
+  if (tensors.has(packed)) {
+    const TensorView both = tensors.get(packed, {{"2 * intermediate", 2 * width}, hidden_dim});
     mlp.gate = rows_of(both, 0, width);
     mlp.up = rows_of(both, width, width);
   } else {
-    mlp.gate = tensors.get(prefix + "gate_proj.weight", {{"intermediate", width}, hidden_dim}, "");
-    mlp.up = tensors.get(prefix + "up_proj.weight", {{"intermediate", width}, hidden_dim}, "");
+    const auto get = [&](const char* name) {
+      return tensors.get(prefix + name, {{"intermediate", width}, hidden_dim},
+                         {.transformers = packed, .released = released + name});
+    };
+    mlp.gate = get("gate_proj.weight");
+    mlp.up = get("up_proj.weight");
   }
-  mlp.down = tensors.get(prefix + "down_proj.weight", {hidden_dim, {"intermediate", width}}, "");
+  mlp.down = tensors.get(prefix + "down_proj.weight", {hidden_dim, {"intermediate", width}},
+                         {.released = released + "down_proj.weight"});
   return mlp;
+}
+
+/// Experts as two stacks, gate and up packed, or as three matrices each.
+std::vector<MlpWeights> load_experts(NamedTensors& tensors, const std::string& prefix,
+                                     const std::string& released, const Config& config) {
+  const Dim hidden{"hidden", config.hidden_size};
+  const std::int64_t width = config.expert_intermediate_size;
+  const Dim intermediate{"intermediate", width};
+  const std::string packed = prefix + "gate_up_proj";
+  std::vector<MlpWeights> experts;
+  if (tensors.has(packed)) {
+    const Dim count{"num_experts", config.num_experts};
+    const TensorView both = tensors.get(packed, {count, {"2 * intermediate", 2 * width}, hidden});
+    const TensorView down = tensors.get(prefix + "down_proj", {count, hidden, intermediate});
+    for (std::int64_t expert = 0; expert < config.num_experts; ++expert) {
+      const TensorView gate_up = slice_of(both, expert);
+      experts.push_back({.gate = rows_of(gate_up, 0, width),
+                         .up = rows_of(gate_up, width, width),
+                         .down = slice_of(down, expert)});
+    }
+    return experts;
+  }
+  for (std::int64_t expert = 0; expert < config.num_experts; ++expert) {
+    const auto get = [&](const char* name, const Dim& rows, const Dim& columns,
+                         const std::string& stack) {
+      const std::string tail = concat(expert, ".", name, ".weight");
+      return tensors.get(prefix + tail, {rows, columns},
+                         {.transformers = stack, .released = released + tail});
+    };
+    experts.push_back({.gate = get("w1", intermediate, hidden, packed),
+                       .up = get("w3", intermediate, hidden, packed),
+                       .down = get("w2", hidden, intermediate, prefix + "down_proj")});
+  }
+  return experts;
 }
 
 MoeWeights load_moe(NamedTensors& tensors, const std::string& layer, const Config& config) {
   const std::string prefix = layer + "mlp.";
   const std::string released = layer + "block_sparse_moe.";
   const Dim experts{"num_experts", config.num_experts};
-  const Dim hidden{"hidden", config.hidden_size};
-  const std::int64_t width = config.expert_intermediate_size;
   MoeWeights moe;
-  moe.router = tensors.get(prefix + "gate.weight", {experts, hidden}, released + "gate.weight");
+  moe.router = tensors.get(prefix + "gate.weight", {experts, {"hidden", config.hidden_size}},
+                           {.released = released + "gate.weight"});
   moe.score_correction_bias = tensors.get(prefix + "gate.e_score_correction_bias", {experts},
-                                          released + "e_score_correction_bias");
-  if (tensors.has(prefix + "experts.gate_up_proj")) {
-    const TensorView both = tensors.get(prefix + "experts.gate_up_proj",
-                                        {experts, {"2 * intermediate", 2 * width}, hidden}, "");
-    const TensorView down =
-        tensors.get(prefix + "experts.down_proj", {experts, hidden, {"intermediate", width}}, "");
-    for (std::int64_t expert = 0; expert < config.num_experts; ++expert) {
-      const TensorView gate_up = slice_of(both, expert);
-      moe.experts.push_back({.gate = rows_of(gate_up, 0, width),
-                             .up = rows_of(gate_up, width, width),
-                             .down = slice_of(down, expert)});
-    }
-  } else {
-    for (std::int64_t expert = 0; expert < config.num_experts; ++expert) {
-      const std::string of_expert = concat("experts.", expert, ".");
-      const auto get = [&](const char* name, const Dim& rows, const Dim& columns) {
-        return tensors.get(concat(prefix, of_expert, name, ".weight"), {rows, columns},
-                           concat(released, of_expert, name, ".weight"));
-      };
-      const Dim intermediate{"intermediate", width};
-      moe.experts.push_back({.gate = get("w1", intermediate, hidden),
-                             .up = get("w3", intermediate, hidden),
-                             .down = get("w2", hidden, intermediate)});
-    }
-  }
+                                          {.released = released + "e_score_correction_bias"});
+  moe.experts = load_experts(tensors, prefix + "experts.", released + "experts.", config);
   if (config.shared_intermediate_size > 0) {
-    moe.shared = load_mlp(tensors, prefix + "shared_experts.", config.shared_intermediate_size,
-                          config.hidden_size);
+    moe.shared = load_mlp(tensors, prefix + "shared_experts.", released + "shared_experts.",
+                          config.shared_intermediate_size, config.hidden_size);
   }
   return moe;
 }
@@ -211,19 +241,19 @@ LayerWeights load_layer(NamedTensors& tensors, const Config& config, std::int64_
   const Dim kv_rows{"num_kv_heads * head_dim", std::int64_t{p.num_kv_heads} * p.head_dim};
   const Dim head_dim{"head_dim", p.head_dim};
   LayerWeights w;
-  w.input_norm = tensors.get(layer + "input_layernorm.weight", {hidden}, "");
-  w.post_attention_norm = tensors.get(layer + "post_attention_layernorm.weight", {hidden}, "");
-  w.q_proj = tensors.get(attention + "q_proj.weight", {q_rows, hidden}, "");
-  w.k_proj = tensors.get(attention + "k_proj.weight", {kv_rows, hidden}, "");
-  w.v_proj = tensors.get(attention + "v_proj.weight", {kv_rows, hidden}, "");
-  w.o_proj = tensors.get(attention + "o_proj.weight", {hidden, q_rows}, "");
-  w.q_norm = tensors.get(attention + "q_norm.weight", {head_dim}, "");
-  w.k_norm = tensors.get(attention + "k_norm.weight", {head_dim}, "");
+  w.input_norm = tensors.get(layer + "input_layernorm.weight", {hidden});
+  w.post_attention_norm = tensors.get(layer + "post_attention_layernorm.weight", {hidden});
+  w.q_proj = tensors.get(attention + "q_proj.weight", {q_rows, hidden});
+  w.k_proj = tensors.get(attention + "k_proj.weight", {kv_rows, hidden});
+  w.v_proj = tensors.get(attention + "v_proj.weight", {kv_rows, hidden});
+  w.o_proj = tensors.get(attention + "o_proj.weight", {hidden, q_rows});
+  w.q_norm = tensors.get(attention + "q_norm.weight", {head_dim});
+  w.k_norm = tensors.get(attention + "k_norm.weight", {head_dim});
   if (config.attention_kinds[static_cast<std::size_t>(index)] == AttentionKind::sparse) {
     const Dim index_dim{"index_dim", p.index_dim};
     const auto get = [&](const char* name, std::initializer_list<Dim> dims) {
       return tensors.get(concat(attention, "indexer.", name, ".weight"), dims,
-                         concat(attention, "index_", name, ".weight"));
+                         {.released = concat(attention, "index_", name, ".weight")});
     };
     w.index_q_proj =
         get("q_proj",
@@ -233,7 +263,8 @@ LayerWeights load_layer(NamedTensors& tensors, const Config& config, std::int64_
     w.index_k_norm = get("k_norm", {index_dim});
   }
   if (config.mlp_kinds[static_cast<std::size_t>(index)] == MlpKind::dense) {
-    w.mlp = load_mlp(tensors, layer + "mlp.", config.dense_intermediate_size, config.hidden_size);
+    w.mlp = load_mlp(tensors, layer + "mlp.", layer + "mlp.", config.dense_intermediate_size,
+                     config.hidden_size);
   } else {
     w.moe = load_moe(tensors, layer, config);
   }
@@ -247,11 +278,11 @@ Weights load_weights(const std::filesystem::path& directory, const Config& confi
   const Dim vocab{"vocab_size", config.vocab_size};
   const Dim hidden{"hidden", config.hidden_size};
   Weights weights;
-  weights.embed_tokens = tensors.get("embed_tokens.weight", {vocab, hidden}, "");
-  weights.final_norm = tensors.get("norm.weight", {hidden}, "");
+  weights.embed_tokens = tensors.get("embed_tokens.weight", {vocab, hidden});
+  weights.final_norm = tensors.get("norm.weight", {hidden});
   weights.lm_head = config.tie_word_embeddings && !tensors.has("lm_head.weight")
                         ? weights.embed_tokens
-                        : tensors.get("lm_head.weight", {vocab, hidden}, "");
+                        : tensors.get("lm_head.weight", {vocab, hidden});
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     weights.layers.push_back(load_layer(tensors, config, layer));
   }

@@ -3,29 +3,16 @@
 // What the backend takes and declines, which SIMD target it uses, and that run() allocates nothing.
 #include <algorithm>
 #include <array>
-#include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 
 #include "core/tensor.hpp"
 #include "msa/msa.hpp"
+#include "tests/cpu/allocations.hpp"
 #include "tests/cpu/targets.hpp"
 #include "tests/support/inputs.hpp"
-
-namespace {
-std::atomic<std::int64_t> g_allocations{0};
-}  // namespace
-
-// Counted for the whole test binary; the array and nothrow forms end up here.
-void* operator new(std::size_t size) {
-  ++g_allocations;
-  if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
-  throw std::bad_alloc();
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace msa::testing {
 namespace {
@@ -40,9 +27,9 @@ void expect_run_allocates_nothing(Inputs& inputs) {
   const auto plan = msa::plan(args, {.backend = "cpu"});
   const HostBuffer workspace(plan.workspace_bytes());
   plan.run(args, workspace.span());  // starts the pool's threads
-  const std::int64_t before = g_allocations;
+  const std::int64_t before = num_allocations();
   plan.run(args, workspace.span());
-  EXPECT_EQ(g_allocations - before, 0) << core::operation_name(args);
+  EXPECT_EQ(num_allocations() - before, 0) << core::operation_name(args);
 }
 
 TEST(CpuBackend, RunAllocatesNothing) {
