@@ -29,12 +29,15 @@ void exp2_all(const float* x, float* y, std::int64_t count) {
   }
 }
 
+const char* target_name() { return hwy::TargetName(HWY_TARGET); }
+
 }  // namespace msa::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace msa::cpu {
 HWY_EXPORT(exp2_all);
+HWY_EXPORT(target_name);
 
 namespace {
 
@@ -42,57 +45,66 @@ constexpr std::int64_t kCompiled = HWY_TARGETS;
 
 constexpr std::int64_t lowest_bit(std::int64_t mask) { return mask & -mask; }
 
-/// The compiled target of that name, 0 if there is none.
-std::int64_t find_target(const std::string& name) {
-  for (std::int64_t rest = kCompiled; rest != 0; rest &= rest - 1) {
-    if (name == hwy::TargetName(lowest_bit(rest))) return lowest_bit(rest);
-  }
-  return 0;
+/// Calls visit(target, name) for every target of the mask, best first: lower bits are better.
+template <class Visit>
+void for_each_target(std::int64_t mask, Visit visit) {
+  for (; mask != 0; mask &= mask - 1) visit(lowest_bit(mask), hwy::TargetName(lowest_bit(mask)));
 }
 
-/// Applies MSA_CPU_TARGET. Lower bits are better targets.
-bool limit_targets() {
+/// The target of that name, 0 if the mask has none.
+std::int64_t find_target(std::int64_t mask, const std::string& wanted) {
+  std::int64_t found = 0;
+  for_each_target(mask, [&](std::int64_t target, const char* name) {
+    if (wanted == name) found = target;
+  });
+  return found;
+}
+
+/// What the CPU has of the compiled targets, up to MSA_CPU_TARGET.
+std::int64_t detect_targets() {
   const std::string name = core::env("MSA_CPU_TARGET");
-  if (name.empty()) return true;
-  const std::int64_t best = find_target(name);
-  MSA_CHECK(best != 0, "MSA_CPU_TARGET is '", name, "', expected one of ", [] {
+  std::int64_t allowed = kCompiled;
+  if (!name.empty()) {
+    const std::int64_t best = find_target(kCompiled, name);
     std::string names;
-    for (std::int64_t rest = kCompiled; rest != 0; rest &= rest - 1) {
-      names += core::concat(names.empty() ? "" : ", ", hwy::TargetName(lowest_bit(rest)));
-    }
-    return names;
-  }());
-  hwy::DisableTargets(best - 1);
-  return true;
+    for_each_target(kCompiled, [&](std::int64_t, const char* known) {
+      names += core::concat(names.empty() ? "" : ", ", known);
+    });
+    MSA_CHECK(best != 0, "MSA_CPU_TARGET is '", name, "', expected one of ", names);
+    allowed &= ~(best - 1);
+  }
+  const std::int64_t usable = hwy::SupportedTargets() & allowed;
+  // Written to Highway's choice directly: its DisableTargets() is undone by the next call of
+  // SupportedTargets() (seen with 1.0.3).
+  hwy::GetChosenTarget().Update(usable != 0 ? usable : HWY_STATIC_TARGET);
+  return usable != 0 ? usable : HWY_STATIC_TARGET;
 }
 
 std::int64_t usable_targets() {
-  static const bool limited = limit_targets();
-  static_cast<void>(limited);
-  const std::int64_t usable = hwy::SupportedTargets() & kCompiled;
-  return usable != 0 ? usable : HWY_STATIC_TARGET;
+  static const std::int64_t usable = detect_targets();
+  return usable;
 }
 
 }  // namespace
 
-const char* simd_target() { return hwy::TargetName(lowest_bit(usable_targets())); }
+const char* simd_target() {
+  usable_targets();
+  return HWY_DYNAMIC_DISPATCH(target_name)();
+}
 
 std::vector<const char*> simd_targets() {
   std::vector<const char*> names;
-  for (std::int64_t rest = usable_targets(); rest != 0; rest &= rest - 1) {
-    names.push_back(hwy::TargetName(lowest_bit(rest)));
-  }
+  for_each_target(usable_targets(), [&](std::int64_t, const char* name) { names.push_back(name); });
   return names;
 }
 
 void use_simd_target(const char* name) {
-  hwy::SetSupportedTargetsForTest(0);
+  std::int64_t targets = usable_targets();
   if (name != nullptr) {
-    const std::int64_t target = find_target(name) & usable_targets();
-    MSA_CHECK(target != 0, "SIMD target ", name, " is not available here");
-    hwy::SetSupportedTargetsForTest(target);
+    targets = find_target(targets, name);
+    MSA_CHECK(targets != 0, "SIMD target ", name, " is not available here");
   }
-  hwy::GetChosenTarget().DeInit();
+  hwy::GetChosenTarget().Update(targets);
 }
 
 void exp2_nonpositive(const float* x, float* y, std::int64_t count) {

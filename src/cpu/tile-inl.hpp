@@ -165,7 +165,7 @@ struct NextRows {
   const std::byte* data = nullptr;
   std::int64_t stride = 0;  ///< bytes
 };
-inline constexpr std::int64_t kPrefetchRows = 16;
+inline constexpr std::int64_t kPrefetchRows = 32;
 
 inline NextRows next_rows(const TensorView& keys, const core::BlockRows& rows) {
   if (rows.num_tokens == 0) return {};

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/check.hpp"
 #include "model/config.hpp"
 #include "model/weights.hpp"
 #include "msa/error.hpp"
@@ -94,11 +95,11 @@ inline std::string safetensors_file(std::span<const FileTensor> tensors,
   for (const FileTensor& tensor : tensors) {
     std::string shape;
     for (std::int64_t size : tensor.shape) {
-      shape += (shape.empty() ? "" : ",") + std::to_string(size);
+      shape += core::concat(shape.empty() ? "" : ",", size);
     }
-    header += ",\"" + tensor.name + R"(":{"dtype":")" + tensor.dtype + R"(","shape":[)" + shape +
-              R"(],"data_offsets":[)" + std::to_string(data.size()) + "," +
-              std::to_string(data.size() + tensor.bytes.size()) + "]}";
+    header += core::concat(",\"", tensor.name, R"(":{"dtype":")", tensor.dtype, R"(","shape":[)",
+                           shape, R"(],"data_offsets":[)", data.size(), ",",
+                           data.size() + tensor.bytes.size(), "]}");
     data += tensor.bytes;
   }
   header += "}";
@@ -151,7 +152,7 @@ class CheckpointTensors {
     add(model + "norm.weight", weights.final_norm);
     if (!config.tie_word_embeddings) add(top + "lm_head.weight", weights.lm_head);
     for (std::size_t i = 0; i < weights.layers.size(); ++i) {
-      add_layer(model + "layers." + std::to_string(i) + ".", weights.layers[i]);
+      add_layer(core::concat(model, "layers.", i, "."), weights.layers[i]);
     }
   }
 
@@ -187,7 +188,7 @@ class CheckpointTensors {
     std::vector<FileTensor> gate_up;
     std::vector<FileTensor> down;
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      const std::string expert = prefix + std::to_string(i) + ".";
+      const std::string expert = core::concat(prefix, i, ".");
       if (is_released_) {
         add(expert + "w1.weight", experts[i].gate);
         add(expert + "w3.weight", experts[i].up);

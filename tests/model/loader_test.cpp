@@ -34,7 +34,7 @@ std::map<std::string, TensorView> views_of(const Weights& weights) {
   };
   for (std::size_t i = 0; i < weights.layers.size(); ++i) {
     const model::LayerWeights& w = weights.layers[i];
-    const std::string layer = std::to_string(i) + ".";
+    const std::string layer = core::concat(i, ".");
     views[layer + "input_norm"] = w.input_norm;
     views[layer + "post_attention_norm"] = w.post_attention_norm;
     views[layer + "q_proj"] = w.q_proj;
@@ -52,7 +52,7 @@ std::map<std::string, TensorView> views_of(const Weights& weights) {
     add_mlp(layer + "mlp.", w.mlp);
     add_mlp(layer + "shared.", w.moe.shared);
     for (std::size_t e = 0; e < w.moe.experts.size(); ++e) {
-      add_mlp(layer + std::to_string(e) + ".", w.moe.experts[e]);
+      add_mlp(core::concat(layer, e, "."), w.moe.experts[e]);
     }
   }
   return views;
@@ -94,12 +94,12 @@ void write_shards(const TempDirectory& directory, std::span<const FileTensor> te
   std::string map;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     shards[i % num_shards].push_back(tensors[i]);
-    map += (map.empty() ? "\"" : ",\"") + tensors[i].name + "\":\"part" +
-           std::to_string(i % num_shards) + ".safetensors\"";
+    map += core::concat(map.empty() ? "\"" : ",\"", tensors[i].name, "\":\"part", i % num_shards,
+                        ".safetensors\"");
   }
   directory.write("model.safetensors.index.json", "{\"weight_map\":{" + map + "}}");
   for (std::size_t i = 0; i < num_shards; ++i) {
-    directory.write("part" + std::to_string(i) + ".safetensors", safetensors_file(shards[i]));
+    directory.write(core::concat("part", i, ".safetensors"), safetensors_file(shards[i]));
   }
 }
 

@@ -76,7 +76,7 @@ TEST(Safetensors, RefusesBrokenHeaders) {
 
 TEST(Safetensors, RefusesBrokenEntries) {
   const auto entry = [](const std::string& fields) {
-    return header_error("{\"a\":{" + fields + "}}");
+    return header_error(core::concat("{\"a\":{", fields, "}}"));
   };
   EXPECT_EQ(header_error(R"({"a":1})"), "a: expected an object, got 1");
   EXPECT_EQ(entry(""), "a.dtype: expected a string, got null or nothing");
