@@ -37,6 +37,7 @@ Json model_report(const std::string& directory) {
   return {{"directory", directory},
           {"model_type", config.model_type},
           {"tensor_names", weights.naming},
+          {"unused_tensors", weights.unused},
           {"num_parameters", weights.num_parameters},
           {"weight_bytes", weights.num_bytes},
           {"hidden_size", config.hidden_size},
@@ -65,6 +66,9 @@ void print_model(const Json& m) {
   const auto number = [&](const char* key) { return m[key].get<long long>(); };
   std::printf("  %lld parameters, %s of weights\n", number("num_parameters"),
               bytes_text(m["weight_bytes"].get<double>()).c_str());
+  for (const Json& name : m["unused_tensors"]) {
+    std::printf("  not used: tensor %s\n", name.get<std::string>().c_str());
+  }
   std::printf("  %lld layers (%lld sparse attention, %lld MoE), hidden %lld, vocabulary %lld\n",
               number("num_layers"), number("num_sparse_layers"), number("num_moe_layers"),
               number("hidden_size"), number("vocab_size"));

@@ -169,7 +169,7 @@ int run_model(const RunOptions& options) {
                                              ? std::vector<std::string>{"msa", "dense"}
                                              : std::vector<std::string>{options.attention};
   for (const std::string& mode : modes) {
-    if (cancelled) break;
+    if (cancelled && !report["runs"].empty()) break;  // the first says itself that it was cancelled
     report["runs"].push_back(run_once(options, mode, config, tokenizer, prompt));
   }
   write_report(options.json, report);

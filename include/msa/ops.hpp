@@ -4,17 +4,15 @@
 //
 //   msa::SparseAttentionForward args{.q = q, .k = k, .v = v, .block_ids = ids, .out = out};
 //   auto plan = msa::plan(args);                       // host only: checks shapes, picks a backend
-//   std::vector<std::byte> workspace(plan.workspace_bytes());
+//   // ... plan.workspace_bytes() of memory aligned to 64 bytes
 //   plan.run(args, workspace);                         // allocates nothing, synchronises nothing
 //
 // Conventions shared by every operation:
 //  * Causal, aligned at the bottom right: query i of a sequence with seq_len_q queries and
-//  seq_len_k
-//    keys stands at position p = seq_len_k - seq_len_q + i and sees keys 0..p. A query with p < 0
-//    sees nothing: its out is 0, its lse -inf, its block_ids all -1.
-//  * Block b of a sequence is its tokens [b * block_size, (b + 1) * block_size). The local block of
-//  a
-//    query is p / block_size.
+//    seq_len_k keys stands at position p = seq_len_k - seq_len_q + i and sees keys 0..p. A query
+//    with p < 0 sees nothing: its out is 0, its lse -inf, its block_ids all -1.
+//  * Block b of a sequence is its tokens [b * block_size, (b + 1) * block_size). The local block
+//    of a query is p / block_size.
 //  * Index head g serves KV head g and query heads [g * group_size, (g + 1) * group_size).
 //  * Tensors may be strided. Shapes below are logical. All tensors of one call are on one device.
 //  * plan() throws msa::Error for anything knowable from shapes; run() on host tensors also checks

@@ -66,6 +66,7 @@ inline std::uint8_t f32_to_e4m3(float value) {
   const std::uint8_t sign = std::signbit(value) ? 0x80 : 0;
   if (value != value) return static_cast<std::uint8_t>(sign | 0x7f);
   const float magnitude = std::fabs(value);
+  if (magnitude == 0.0f) return sign;  // frexp knows no exponent for it
   if (magnitude >= 448.0f) return static_cast<std::uint8_t>(sign | 0x7e);
   int exponent = 0;
   std::frexp(magnitude, &exponent);  // magnitude = m * 2^exponent, m in [0.5, 1)

@@ -20,7 +20,10 @@ std::string_view first_character(std::string_view text) {
 
 std::string_view last_character(std::string_view text) {
   std::size_t at = text.size();
-  while (at > 0 && (static_cast<unsigned char>(text[--at]) & 0xC0) == 0x80) {
+  while (at > 0) {
+    --at;
+    const bool continues = (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80;
+    if (!continues) break;
   }
   return text.substr(at);
 }

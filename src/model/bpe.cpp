@@ -111,9 +111,11 @@ void Bpe::parse_merges(const JsonNode& node) {
       if (found == vocab_.end()) node[i].fail("\"" + token + "\" is not in the vocabulary");
       return found->second;
     };
+    const std::int32_t left_id = id_of(left);
+    const std::int32_t right_id = id_of(right);
+    const std::int32_t merged_id = id_of(left + right);
     // Of a merge that is listed twice the later place counts.
-    merges_[pair_key(id_of(left), id_of(right))] = {static_cast<std::int32_t>(i),
-                                                    id_of(left + right)};
+    merges_[pair_key(left_id, right_id)] = {static_cast<std::int32_t>(i), merged_id};
   }
 }
 

@@ -11,21 +11,12 @@
 #include "core/check.hpp"
 #include "core/scalar.hpp"
 #include "core/thread_pool.hpp"
+#include "model/wide_clones.hpp"
 #include "msa/backend.hpp"
 
 // oneDNN's sgemm runs on OpenMP; declared here because not every compiler that reads this file has
 // an omp.h. It sets a value of the calling thread only.
 extern "C" void omp_set_num_threads(int num_threads);
-
-// Builds the loop below for wider vectors too and picks at load time. Sanitizers start later than
-// the picking, so they get the plain loop.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define MSA_WIDE_CLONES \
-  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MSA_WIDE_CLONES
-#endif
 
 namespace msa::model {
 namespace {
@@ -35,9 +26,14 @@ namespace {
 constexpr std::int64_t kMaxDirectTokens = 4;
 constexpr std::int64_t kLanes = 64;  // independent sums: 4 registers of AVX-512, 8 of AVX2
 
-// Weights expanded at a time per thread: 1 MiB, which stays in a second-level cache while the
-// tokens of a chunk pass over it.
-constexpr std::int64_t kBandElements = std::int64_t{1} << 18;
+// Rows of weights expanded and multiplied at a time. dnnl_sgemm loses half of its speed or more on
+// narrower matrices, and nothing on these (measured for 5 to 512 tokens on AVX-512).
+constexpr std::int64_t kBandRows = 128;
+
+// Products below these many multiplications take less than 100 us on one core; waking the other
+// threads costs about half as much.
+constexpr std::int64_t kMinSharedDirect = std::int64_t{1} << 19;
+constexpr std::int64_t kMinSharedSgemm = std::int64_t{1} << 23;
 
 struct F32 {
   using Stored = float;
@@ -181,15 +177,16 @@ void linear(const TensorView& weight, std::span<const float> x, std::int64_t tok
             " tokens, but x has ", x.size(), " elements and y has ", y.size());
   if (tokens == 0 || shape.out == 0) return;
 
-  const int threads = num_threads();
   const bool direct = tokens <= kMaxDirectTokens;
-  const std::int64_t fitting =
-      std::max<std::int64_t>(kBandElements / std::max<std::int64_t>(shape.in, 1), 16);
+  const bool shared =
+      tokens * shape.in * shape.out >= (direct ? kMinSharedDirect : kMinSharedSgemm);
+  const int threads = shared ? num_threads() : 1;
   const std::int64_t share = (shape.out + threads - 1) / threads;
-  const std::int64_t band = (std::min(fitting, share) + 15) / 16 * 16;
+  const std::int64_t band = (std::min(kBandRows, share) + 15) / 16 * 16;
+  const std::int64_t num_bands = (shape.out + band - 1) / band;
   if (weight.dtype != DType::f32) scratch.reserve(threads, (direct ? 1 : band) * shape.in);
   std::atomic<bool> failed{false};
-  core::parallel_for((shape.out + band - 1) / band, [&](std::int64_t index, int worker) {
+  const auto multiply = [&](std::int64_t index, int worker) {
     const std::int64_t begin = index * band;
     const std::int64_t end = std::min(begin + band, shape.out);
     float* expanded = weight.dtype == DType::f32 ? nullptr : scratch.of(worker);
@@ -198,7 +195,12 @@ void linear(const TensorView& weight, std::span<const float> x, std::int64_t tok
     } else if (!multiply_band(weight, x.data(), y.data(), shape, begin, end, expanded)) {
       failed = true;
     }
-  });
+  };
+  if (shared) {
+    core::parallel_for(num_bands, multiply);
+  } else {
+    for (std::int64_t index = 0; index < num_bands; ++index) multiply(index, 0);
+  }
   if (failed) {
     throw Error(ErrorCode::internal,
                 core::concat("linear: dnnl_sgemm failed for ", tokens, " tokens and a weight of [",

@@ -6,17 +6,16 @@
 
 #include "core/check.hpp"
 #include "model/layers.hpp"
+#include "model/pieces.hpp"
 
 namespace msa::model {
 namespace {
-
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
 }  // namespace
 
-void choose_experts(std::span<const float> logits, std::span<const float> bias,
+void choose_experts(std::span<const float> scores, std::span<const float> bias,
                     std::span<ExpertChoice> choices) {
   std::size_t taken = 0;
   const auto is_taken = [&](std::size_t expert) {
@@ -26,16 +25,16 @@ void choose_experts(std::span<const float> logits, std::span<const float> bias,
                        });
   };
   for (; taken < choices.size(); ++taken) {
-    std::size_t best = logits.size();
-    float best_score = 0.0f;
-    for (std::size_t expert = 0; expert < logits.size(); ++expert) {
-      const float score = sigmoid(logits[expert]) + bias[expert];
-      if ((best == logits.size() || score > best_score) && !is_taken(expert)) {
+    std::size_t best = scores.size();
+    float best_rank = 0.0f;
+    for (std::size_t expert = 0; expert < scores.size(); ++expert) {
+      const float rank = scores[expert] + bias[expert];
+      if ((best == scores.size() || rank > best_rank) && !is_taken(expert)) {
         best = expert;
-        best_score = score;
+        best_rank = rank;
       }
     }
-    choices[taken] = {.expert = static_cast<std::int64_t>(best), .weight = sigmoid(logits[best])};
+    choices[taken] = {.expert = static_cast<std::int64_t>(best), .weight = scores[best]};
   }
   float sum = 0.0f;
   for (const ExpertChoice& choice : choices) sum += choice.weight;
@@ -62,7 +61,7 @@ Mlp::Mlp(const Config& config, std::int64_t max_tokens)
     widest = std::max({widest, config.expert_intermediate_size, config.shared_intermediate_size});
     gathered_.resize(size(max_tokens * hidden_size_));
     produced_.resize(size(max_tokens * hidden_size_));
-    logits_.resize(size(max_tokens * config.num_experts));
+    scores_.resize(size(max_tokens * config.num_experts));
     bias_.resize(size(config.num_experts));
     choices_.resize(size(max_tokens * num_chosen_));
     assigned_.resize(size(config.num_experts));
@@ -85,48 +84,52 @@ void Mlp::run_expert(const MlpWeights& weights, std::span<const float> x,
                      std::span<const std::int64_t> slots, std::span<float> out,
                      LinearScratch& scratch) {
   const auto count = static_cast<std::int64_t>(slots.size());
-  float* gathered = gathered_.data();
-  for (std::int64_t slot : slots) {
-    gathered = std::copy_n(x.data() + slot / num_chosen_ * hidden_size_, hidden_size_, gathered);
-  }
-  run_dense(weights, {gathered_.data(), size(count * hidden_size_)}, count,
-            {produced_.data(), size(count * hidden_size_)}, scratch);
-  const float* produced = produced_.data();
-  for (std::int64_t slot : slots) {
-    const float weight = choices_[size(slot)].weight;
-    float* row = out.data() + slot / num_chosen_ * hidden_size_;
-    for (std::int64_t i = 0; i < hidden_size_; ++i) row[i] += weight * produced[i];
-    produced += hidden_size_;
-  }
+  for_each_piece(count, hidden_size_, kElementsOfAdd, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::copy_n(x.data() + slots[size(i)] / num_chosen_ * hidden_size_, hidden_size_,
+                  gathered_.data() + i * hidden_size_);
+    }
+  });
+  run_dense(weights, gathered_, count, produced_, scratch);
+  // A token chooses an expert once, so no two rows are the same.
+  for_each_piece(count, hidden_size_, kElementsOfAdd, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t slot = slots[size(i)];
+      const float weight = routed_scale_ * choices_[size(slot)].weight;
+      const float* row = produced_.data() + i * hidden_size_;
+      float* sum = out.data() + slot / num_chosen_ * hidden_size_;
+      for (std::int64_t j = 0; j < hidden_size_; ++j) sum[j] += weight * row[j];
+    }
+  });
 }
 
 void Mlp::run_moe(const MoeWeights& weights, std::span<const float> x, std::int64_t tokens,
                   std::span<float> out, LinearScratch& scratch) {
   const auto num_experts = static_cast<std::int64_t>(assigned_.size());
-  linear(weights.router, x, tokens, logits_, scratch);
+  const std::span<float> scores(scores_.data(), size(tokens * num_experts));
+  linear(weights.router, x, tokens, scores, scratch);
+  for (float& score : scores) score = 1.0f / (1.0f + std::exp(-score));
   expand_to_f32(static_cast<const std::byte*>(weights.score_correction_bias.data),
                 weights.score_correction_bias.dtype, bias_);
   for (auto& slots : assigned_) slots.clear();
   for (std::int64_t token = 0; token < tokens; ++token) {
     const std::span<ExpertChoice> choices(choices_.data() + token * num_chosen_, size(num_chosen_));
-    choose_experts({logits_.data() + token * num_experts, size(num_experts)}, bias_, choices);
+    choose_experts(scores.subspan(size(token * num_experts), size(num_experts)), bias_, choices);
     for (std::int64_t i = 0; i < num_chosen_; ++i) {
       assigned_[size(choices[size(i)].expert)].push_back(token * num_chosen_ + i);
     }
   }
 
-  // Each token sums its experts in ascending order, whatever else is in the chunk.
-  const std::span<float> sum = out.first(size(tokens * hidden_size_));
-  std::fill(sum.begin(), sum.end(), 0.0f);
+  if (weights.shared.gate.given()) {
+    run_dense(weights.shared, x, tokens, out, scratch);
+  } else {
+    std::fill_n(out.begin(), tokens * hidden_size_, 0.0f);
+  }
+  // Each token adds its experts in ascending order, whatever else is in the chunk.
   for (std::int64_t expert = 0; expert < num_experts; ++expert) {
     const auto& slots = assigned_[size(expert)];
-    if (!slots.empty()) run_expert(weights.experts[size(expert)], x, slots, sum, scratch);
+    if (!slots.empty()) run_expert(weights.experts[size(expert)], x, slots, out, scratch);
   }
-  for (float& value : sum) value *= routed_scale_;
-  if (!weights.shared.gate.given()) return;
-  const std::span<float> shared(produced_.data(), sum.size());
-  run_dense(weights.shared, x, tokens, shared, scratch);
-  add(sum, shared);
 }
 
 }  // namespace msa::model

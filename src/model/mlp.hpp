@@ -11,15 +11,15 @@
 
 namespace msa::model {
 
-/// The experts of one token, ascending, and their shares of the routed sum.
+/// An expert of one token and its share of the routed sum.
 struct ExpertChoice {
   std::int64_t expert = 0;
   float weight = 0.0f;
 };
 
-/// Top num_chosen experts by sigmoid(logit) + bias, ties to the lowest id; weights are the sigmoids
+/// The experts with the largest score + bias, ties to the lowest id; their weights are the scores
 /// without bias, divided by their sum.
-void choose_experts(std::span<const float> logits, std::span<const float> bias,
+void choose_experts(std::span<const float> scores, std::span<const float> bias,
                     std::span<ExpertChoice> choices);
 
 /// The MLP half of a decoder layer, with the memory for chunks of up to max_tokens tokens.
@@ -31,8 +31,9 @@ class Mlp {
   void run_dense(const MlpWeights& weights, std::span<const float> x, std::int64_t tokens,
                  std::span<float> out, LinearScratch& scratch);
 
-  /// out = routed_scaling_factor * sum of the chosen experts' weighted outputs + shared expert.
-  /// Experts run one after another, each on all of its tokens at once.
+  /// out = routed_scaling_factor * sum of the chosen experts' weighted outputs + shared expert, the
+  /// scores being sigmoids of the router's f32 logits. Experts run one after another, each on all
+  /// of its tokens at once.
   void run_moe(const MoeWeights& weights, std::span<const float> x, std::int64_t tokens,
                std::span<float> out, LinearScratch& scratch);
 
@@ -46,13 +47,13 @@ class Mlp {
   double alpha_ = 0.0;
   double limit_ = 0.0;
   float routed_scale_ = 1.0f;
-  std::vector<float> gate_;                          // [tokens, widest intermediate]
-  std::vector<float> up_;                            // [tokens, widest intermediate]
-  std::vector<float> gathered_;                      // [tokens, hidden]: an expert's inputs
-  std::vector<float> produced_;                      // [tokens, hidden]: its outputs
-  std::vector<float> logits_;                        // [tokens, num_experts]
-  std::vector<float> bias_;                          // [num_experts]
-  std::vector<ExpertChoice> choices_;                // [tokens, num_chosen]
+  std::vector<float> gate_;            // [tokens, widest intermediate]
+  std::vector<float> up_;              // [tokens, widest intermediate]
+  std::vector<float> gathered_;        // [tokens, hidden]: an expert's inputs
+  std::vector<float> produced_;        // [tokens, hidden]: its outputs
+  std::vector<float> scores_;          // [tokens, num_experts]: sigmoids of the router's logits
+  std::vector<float> bias_;            // [num_experts]
+  std::vector<ExpertChoice> choices_;  // [tokens, num_chosen]
   std::vector<std::vector<std::int64_t>> assigned_;  // per expert: indices into choices_
 };
 

@@ -23,8 +23,8 @@ enum class SplitBehavior : std::uint8_t {
 
 class PreTokenizer {
  public:
-  /// Takes ByteLevel, alone or as the last element of a Sequence behind Split, Digits, Whitespace and
-  /// WhitespaceSplit. Throws Error naming the field for anything else.
+  /// Takes ByteLevel, alone or as the last element of a Sequence behind Split, Digits, Whitespace
+  /// and WhitespaceSplit. Throws Error naming the field for anything else.
   static PreTokenizer parse(const JsonNode& node);
 
   /// Calls `take` with each piece that is not empty, in order; a piece is valid during the call.

@@ -2,12 +2,12 @@
 //
 // Regular expressions over UTF-8 as tokenizer.json carries them. The `tokenizers` package runs them
 // with Oniguruma; here they are translated to PCRE2 so that the same text gives the same matches:
-//   \s \w \h \v \b and POSIX brackets get Oniguruma's sets, X{n,m}+ means (?:X{n,m})+ and not a
-//   possessive repeat, X{n}? means (?:X{n})?, {,m} is {0,m}, (?m) lets the dot match newlines,
+//   \s \w \h \v \b and some POSIX brackets get Oniguruma's sets, X{n,m}+ means (?:X{n,m})+ and not
+//   a possessive repeat, X{n}? means (?:X{n})?, {,m} is {0,m}, (?m) lets the dot match newlines,
 //   \p{Script} means the script and not the script extensions.
 // What would differ and cannot be translated is refused by name (class intersection and nested
-// classes, absent operators, options in the middle of a pattern). Two differences stay: (?i:ss) does
-// not match "ß" and the like (one character for several), and characters that are newer than
+// classes, absent operators, options in the middle of a pattern). Two differences stay: (?i:ss)
+// does not match "ß" and the like (one character for several), and characters that are newer than
 // the Unicode tables of the installed PCRE2 (Debian 12: Unicode 14) count as unassigned.
 #pragma once
 

@@ -51,7 +51,8 @@ struct Weights {
   TensorView final_norm{};    ///< [hidden]
   TensorView lm_head{};       ///< [vocab, hidden]; the embedding where tied
   std::vector<LayerWeights> layers;
-  std::string naming;  ///< which spelling was found: "released" or "transformers"
+  std::string naming;  ///< which spelling was found: "released", "transformers" or "mixed"
+  std::vector<std::string> unused;  ///< tensors of the text model that the config has no place for
   std::int64_t num_parameters = 0;
   std::int64_t num_bytes = 0;                     ///< of the tensors in use
   std::vector<std::shared_ptr<const void>> maps;  ///< keeps the mapped files alive

@@ -11,35 +11,35 @@
 namespace msa {
 namespace {
 
-float logit(double probability) {
-  return static_cast<float>(std::log(probability / (1.0 - probability)));
-}
-
-std::vector<model::ExpertChoice> choose(const std::vector<float>& logits,
+std::vector<model::ExpertChoice> choose(const std::vector<float>& scores,
                                         const std::vector<float>& bias, std::size_t count) {
   std::vector<model::ExpertChoice> choices(count);
-  model::choose_experts(logits, bias, choices);
+  model::choose_experts(scores, bias, choices);
   return choices;
 }
 
 TEST(Router, BiasDecidesTheChoiceButNotTheWeights) {
-  const std::vector<float> logits = {logit(0.8), logit(0.6), logit(0.2), logit(0.4)};
-  const auto choices = choose(logits, {0.0f, -0.5f, 0.5f, 0.0f}, 2);
+  const auto choices = choose({0.75f, 0.5f, 0.25f, 0.375f}, {0.0f, -0.5f, 0.5f, 0.0f}, 2);
   EXPECT_EQ(choices[0].expert, 0);
   EXPECT_EQ(choices[1].expert, 2);
-  // Sigmoid, sum and quotient: a handful of f32 roundings.
-  EXPECT_NEAR(choices[0].weight, 0.8, 8 * 0x1p-24);
-  EXPECT_NEAR(choices[1].weight, 0.2, 8 * 0x1p-24);
+  EXPECT_EQ(choices[0].weight, 0.75f);
+  EXPECT_EQ(choices[1].weight, 0.25f);
+}
+
+TEST(Router, WeightsSumToOne) {
+  const auto choices = choose({0.5f, 0.5f, 0.25f, 0.0f}, std::vector<float>(4), 3);
+  EXPECT_EQ(choices[0].weight, 0.4f);
+  EXPECT_EQ(choices[2].weight, 0.2f);
 }
 
 TEST(Router, TiesGoToTheLowestExpert) {
-  const auto choices = choose({1.0f, 2.0f, 1.0f, 2.0f, 2.0f}, std::vector<float>(5), 2);
+  const auto choices = choose({0.1f, 0.2f, 0.1f, 0.2f, 0.2f}, std::vector<float>(5), 2);
   EXPECT_EQ(choices[0].expert, 1);
   EXPECT_EQ(choices[1].expert, 3);
   EXPECT_EQ(choices[0].weight, 0.5f);
 }
 
-TEST(Router, TakesEveryExpertOnceWhateverTheLogits) {
+TEST(Router, TakesEveryExpertOnceWhateverTheScores) {
   const auto choices = choose({NAN, NAN, 0.0f, NAN}, std::vector<float>(4), 4);
   for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(choices[i].expert, static_cast<std::int64_t>(i));
 }

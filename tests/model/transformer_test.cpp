@@ -164,7 +164,7 @@ TEST_F(TransformerContract, LogitRowsAreThoseOfTheCall) {
 
 TEST_F(TransformerContract, RefusesContextPastItsLimitsBeforeComputing) {
   try {
-    Transformer(config_, weights_, {.max_context = 513});
+    const Transformer too_long(config_, weights_, {.max_context = 513});
     FAIL();
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::invalid_argument);

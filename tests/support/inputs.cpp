@@ -444,9 +444,11 @@ std::string Outputs::difference(const Outputs& other) const {
   return "";
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): the argument is a type
 #define MSA_INSTANTIATE(Args)                   \
   template bool Inputs::supports<Args>() const; \
-  template Outputs::Outputs(const Inputs&, Args&, bool);
+  template Outputs::Outputs(const Inputs& inputs, Args& args, bool wide);
+// NOLINTEND(bugprone-macro-parentheses)
 MSA_INSTANTIATE(IndexerScores)
 MSA_INSTANTIATE(SelectTopK)
 MSA_INSTANTIATE(Indexer)
