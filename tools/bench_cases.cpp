@@ -116,7 +116,7 @@ void make_qkv(Inputs& in) {
 }
 
 template <class Args>
-PreparedBench prepare(std::shared_ptr<Inputs> inputs, const Args& args, const Options& options,
+PreparedBench prepare(const std::shared_ptr<Inputs>& inputs, const Args& args, const Options& options,
                       double flops, double bytes) {
   const auto plan = msa::plan(args, options);
   inputs->workspace = core::HostBuffer(plan.workspace_bytes());
@@ -257,7 +257,7 @@ PreparedBench prepare_append(const Shape& shape, const Options& options) {
 
 std::vector<BenchCase> bench_cases() {
   std::vector<BenchCase> cases;
-  const auto add = [&](const char* operation, const std::string& name, auto prepare_case) {
+  const auto add = [&](const char* operation, const std::string& name, const auto& prepare_case) {
     cases.push_back({operation, name, prepare_case});
   };
   for (const Shape& shape : shapes()) {

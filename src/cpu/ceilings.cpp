@@ -22,7 +22,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 /// `rounds` x 12 independent FMA chains: enough to cover latency 4 on two ports with room to spare.
 /// Returns the FLOPs done; `sink` keeps the result alive.
-double FmaRounds(std::int64_t rounds, float* sink) {
+double fma_rounds(std::int64_t rounds, float* sink) {
   const hn::ScalableTag<float> d;
   const auto factor = hn::Set(d, 0.999f);
   const auto summand = hn::Set(d, 1e-3f);
@@ -52,7 +52,7 @@ double FmaRounds(std::int64_t rounds, float* sink) {
   return 2.0 * 12.0 * static_cast<double>(hn::Lanes(d)) * static_cast<double>(rounds);
 }
 
-float SumRead(const float* data, std::int64_t count) {
+float sum_read(const float* data, std::int64_t count) {
   const hn::ScalableTag<float> d;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   auto s0 = hn::Zero(d), s1 = hn::Zero(d), s2 = hn::Zero(d), s3 = hn::Zero(d);
@@ -70,8 +70,8 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace msa::cpu {
-HWY_EXPORT(FmaRounds);
-HWY_EXPORT(SumRead);
+HWY_EXPORT(fma_rounds);
+HWY_EXPORT(sum_read);
 
 namespace {
 
@@ -91,7 +91,7 @@ double run_fma() {
   std::vector<double> flops(static_cast<std::size_t>(threads));
   core::parallel_for(threads, [&](std::int64_t i, int) {
     const auto slot = static_cast<std::size_t>(i);
-    flops[slot] = HWY_DYNAMIC_DISPATCH(FmaRounds)(kRounds, &sinks[slot * 16]);
+    flops[slot] = HWY_DYNAMIC_DISPATCH(fma_rounds)(kRounds, &sinks[slot * 16]);
   });
   double total = 0.0;
   for (double part : flops) total += part;
@@ -117,7 +117,7 @@ Ceilings measure_ceilings(double seconds) {
     core::parallel_for(kPieces, [&](std::int64_t i, int) {
       constexpr std::int64_t kPiece = kFloats / kPieces;
       sums[static_cast<std::size_t>(i)] =
-          HWY_DYNAMIC_DISPATCH(SumRead)(data.data() + i * kPiece, kPiece);
+          HWY_DYNAMIC_DISPATCH(sum_read)(data.data() + i * kPiece, kPiece);
     });
     const double bytes = static_cast<double>(kFloats) * sizeof(float);
     best.read_gbytes_per_s = std::max(best.read_gbytes_per_s, bytes / seconds_since(start) * 1e-9);
