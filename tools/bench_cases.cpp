@@ -116,8 +116,8 @@ void make_qkv(Inputs& in) {
 }
 
 template <class Args>
-PreparedBench prepare(const std::shared_ptr<Inputs>& inputs, const Args& args, const Options& options,
-                      double flops, double bytes) {
+PreparedBench prepare(const std::shared_ptr<Inputs>& inputs, const Args& args,
+                      const Options& options, double flops, double bytes) {
   const auto plan = msa::plan(args, options);
   inputs->workspace = core::HostBuffer(plan.workspace_bytes());
   return {.run = [inputs, args, plan] { plan.run(args, inputs->workspace.span()); },
