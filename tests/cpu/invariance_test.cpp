@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "core/scalar.hpp"
 #include "core/tensor.hpp"
@@ -228,6 +230,23 @@ TEST(CpuInvariance, OneStepIndexerEqualsScoresThenSelection) {
     EXPECT_TRUE(same_bits(ids, prompt.run_in_chunks(Prompt::kTokens).ids));
   });
 }
+
+#if defined(__x86_64__)
+TEST(CpuInvariance, ScoresOfTargetsWithFusedMultiplyAdd) {
+  const Prompt prompt;
+  std::vector<Tensor> results;
+  for_each_simd_target([&](const char* target) {
+    if (std::string(target) != "AVX3" && std::string(target) != "AVX2") return;
+    results.emplace_back(DType::f32, std::initializer_list<std::int64_t>{prompt.p.num_kv_heads,
+                                                                         Prompt::kTokens, 29});
+    run(IndexerScores{.problem = prompt.p,
+                      .index_q = prompt.index_q,
+                      .index_k = prompt.index_k,
+                      .block_scores = results.back()});
+  });
+  for (const Tensor& scores : results) EXPECT_TRUE(same_bits(scores, results.front()));
+}
+#endif
 
 TEST(CpuInvariance, OrderOfBlockIds) {
   const Prompt prompt;
