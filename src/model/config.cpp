@@ -23,7 +23,7 @@ constexpr std::int64_t kMostLayers = 4096;
 
 std::int64_t integer(const JsonNode& node) {
   if (!node.value().is_number_integer()) {
-    node.fail(core::concat("expected an integer, got ", node.value().dump()));
+    node.fail(core::concat("expected an integer, got ", node.brief()));
   }
   return node.value().get<std::int64_t>();
 }
@@ -42,7 +42,7 @@ std::int64_t integer(const JsonNode& node, std::int64_t fallback, std::int64_t l
 double number(const JsonNode& node, double fallback) {
   if (node.is_null()) return fallback;
   if (!node.value().is_number()) {
-    node.fail(core::concat("expected a number, got ", node.value().dump()));
+    node.fail(core::concat("expected a number, got ", node.brief()));
   }
   return node.value().get<double>();
 }

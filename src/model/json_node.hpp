@@ -56,6 +56,15 @@ class JsonNode {
     return value_->get<std::int32_t>();
   }
 
+  /// The value for a message; only its type where it is long, or nested, as dump() recurses.
+  std::string brief() const {
+    if (is_null()) return "null or nothing";
+    if (value_->is_structured()) return value_->type_name();
+    const std::string text = value_->dump();
+    constexpr std::size_t kLongest = 60;
+    return text.size() <= kLongest ? text : core::concat("a ", value_->type_name());
+  }
+
   [[noreturn]] void fail(const std::string& what) const {
     throw Error(ErrorCode::invalid_argument,
                 core::concat(*file_, ": ", path_.empty() ? "top level" : path_, ": ", what));
@@ -68,14 +77,6 @@ class JsonNode {
   const nlohmann::json& expect(nlohmann::json::value_t type, const char* name) const {
     if (value_->type() != type) fail(core::concat("expected ", name, ", got ", brief()));
     return *value_;
-  }
-
-  std::string brief() const {
-    if (is_null()) return "null or nothing";
-    if (value_->is_structured()) return value_->type_name();
-    const std::string text = value_->dump();
-    constexpr std::size_t kLongest = 60;
-    return text.size() <= kLongest ? text : core::concat("a ", value_->type_name());
   }
 
   const std::string* file_;

@@ -50,7 +50,7 @@ std::int64_t size_at(const JsonNode& node) {
   if (!value.is_number_unsigned() ||
       value.get<std::uint64_t>() >
           static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
-    node.fail(core::concat("expected a size, got ", value.dump()));
+    node.fail(core::concat("expected a size, got ", node.brief()));
   }
   return value.get<std::int64_t>();
 }
