@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <ios>
 #include <nlohmann/json.hpp>
 
 #include "core/check.hpp"
@@ -17,6 +18,9 @@ inline nlohmann::json read_json_file(const std::filesystem::path& path) {
     return nlohmann::json::parse(file);
   } catch (const nlohmann::json::exception& error) {
     throw Error(ErrorCode::invalid_argument, core::concat(path.string(), ": ", error.what()));
+  } catch (const std::ios_base::failure& error) {  // a directory, or the disk
+    throw Error(ErrorCode::invalid_argument,
+                core::concat(path.string(), ": can't read: ", error.what()));
   }
 }
 
