@@ -58,6 +58,15 @@ JsonNode either(const JsonNode& preferred, const JsonNode& other) {
   return preferred.is_null() ? other : preferred;
 }
 
+/// A number that two fields may state: whichever is given; where both are, they must agree.
+JsonNode agreed(const JsonNode& preferred, const JsonNode& other) {
+  if (!preferred.is_null() && !other.is_null() && number(preferred, 0.0) != number(other, 0.0)) {
+    preferred.fail(
+        core::concat("is ", preferred.brief(), ", but ", other.path(), " is ", other.brief()));
+  }
+  return either(preferred, other);
+}
+
 void expect_text(const JsonNode& node, std::initializer_list<const char*> known) {
   if (node.is_null()) return;
   std::string names;
@@ -187,14 +196,16 @@ void read_attention(const JsonNode& text, Config& config) {
 }
 
 void read_rope(const JsonNode& text, Config& config) {
-  const JsonNode parameters = either(text["rope_parameters"], text["rope_scaling"]);
   JsonNode theta = text["rope_theta"];
-  JsonNode rotary = text["rotary_dim"];
+  const JsonNode rotary = text["rotary_dim"];
   JsonNode factor = text["partial_rotary_factor"];
-  if (!parameters.is_null()) {
-    expect_text(either(parameters["rope_type"], parameters["type"]), {"default"});
-    theta = either(parameters["rope_theta"], theta);
-    factor = either(factor, parameters["partial_rotary_factor"]);
+  for (const char* name : {"rope_parameters", "rope_scaling"}) {
+    const JsonNode parameters = text[name];
+    if (parameters.is_null()) continue;
+    expect_text(parameters["rope_type"], {"default"});
+    expect_text(parameters["type"], {"default"});
+    theta = agreed(parameters["rope_theta"], theta);
+    factor = agreed(parameters["partial_rotary_factor"], factor);
   }
   const std::int64_t head_dim = config.attention.head_dim;
   config.rope_theta = positive(theta, 5e6);
