@@ -5,12 +5,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -105,6 +107,29 @@ inline std::string safetensors_file(std::span<const FileTensor> tensors,
   header += "}";
   while (header.size() % 8 != data_shift) header += " ";
   return safetensors_file(header, data);
+}
+
+/// `text` with one to three of its first `num_bytes` bytes replaced, inserted before or erased,
+/// mostly with characters that mean something in JSON.
+inline std::string changed(std::string text, std::mt19937& random,
+                           std::size_t num_bytes = std::string::npos) {
+  constexpr std::string_view kLikely = "0123456789-,:\"[]{}eE.\\ \xff";
+  for (auto changes = 1 + random() % 3; changes > 0 && !text.empty(); --changes) {
+    const std::size_t at = random() % std::min(num_bytes, text.size());
+    const char byte =
+        random() % 4 == 0 ? static_cast<char>(random() & 0xff) : kLikely[random() % kLikely.size()];
+    switch (random() % 3) {
+      case 0:
+        text[at] = byte;
+        break;
+      case 1:
+        text.insert(at, 1, byte);
+        break;
+      default:
+        text.erase(at, 1);
+    }
+  }
+  return text;
 }
 
 inline std::string_view bytes_of(const TensorView& contiguous) {

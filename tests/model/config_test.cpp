@@ -211,8 +211,22 @@ TEST_F(ConfigTest, RefusesBrokenFiles) {
   EXPECT_EQ(load_from(directory_.path() / "none"), "DIR/none: is no directory");
   EXPECT_EQ(load_from(std::string(5000, 'x')), std::string(5000, 'x') + ": is no directory");
   EXPECT_EQ(load_from(directory_.path()), "DIR/config.json: can't open");
+  std::filesystem::create_directory(directory_.path() / "config.json");
+  EXPECT_TRUE(load_from(directory_.path()).starts_with("DIR/config.json: can't read: "));
+  std::filesystem::remove(directory_.path() / "config.json");
   directory_.write("config.json", "{\"model_type\": ");
   EXPECT_TRUE(load_from(directory_.path()).starts_with("DIR/config.json: ")) << "names the file";
+  directory_.write("config.json", R"({"model_type":"minimax_m3","rms_norm_eps":1e999})");
+  EXPECT_TRUE(load_from(directory_.path()).starts_with("DIR/config.json: ")) << "out of range";
+  // So deep that whatever calls itself once per level runs out of stack.
+  const std::string deep = std::string(1000000, '[') + std::string(1000000, ']');
+  for (const std::string field : {"hidden_size", "rms_norm_eps", "rope_theta"}) {
+    directory_.write("config.json",
+                     core::concat(R"({"model_type":"minimax_m3",")", field, "\":", deep, "}"));
+    const std::string text = load_from(directory_.path());
+    EXPECT_TRUE(text.starts_with("DIR/config.json: " + field + ": expected a")) << text;
+    EXPECT_TRUE(text.ends_with(", got array")) << text;
+  }
   directory_.write("config.json", "[]");
   EXPECT_EQ(load_from(directory_.path()),
             "DIR/config.json: top level: expected an object, got array");
@@ -290,6 +304,12 @@ TEST_F(ConfigTest, RefusesRotationsThatDoNotFit) {
   EXPECT_EQ(rotary_error(nullptr, 32),
             "rope_parameters: has no partial_rotary_factor, so it is open whether 32 channels "
             "(rotary_dim) or all 64 (head_dim) are rotated; state it");
+  EXPECT_EQ(error_with("partial_rotary_factor", 0.25),
+            "rope_parameters.partial_rotary_factor: is 0.5, but partial_rotary_factor is 0.25");
+  EXPECT_EQ(error_with("rope_theta", 5000000),
+            "rope_parameters.rope_theta: is 10000.0, but rope_theta is 5000000");
+  EXPECT_EQ(error_with("rope_scaling", {{"rope_type", "yarn"}}),
+            "rope_scaling.rope_type: is 'yarn', supported: 'default'");
   EXPECT_EQ(error_with("rope_parameters/rope_type", "yarn"),
             "rope_parameters.rope_type: is 'yarn', supported: 'default'");
   EXPECT_EQ(released_error("rope_scaling", {{"type", "linear"}}),

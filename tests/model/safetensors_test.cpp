@@ -131,26 +131,10 @@ TEST(Safetensors, SurvivesRandomChanges) {
                                            {"layers.0.b", "BF16", {3}, "123456"},
                                            {"c", "I32", {0}, ""}};
   const std::string file = safetensors_file(tensors);
-  constexpr std::string_view kLikely = "0123456789-,:\"[]{}eE.\\ \xff";
   std::mt19937 random(7);
   int num_parsed = 0;
   for (int round = 0; round < 20000; ++round) {
-    std::string changed = file;
-    for (auto changes = 1 + random() % 3; changes > 0; --changes) {
-      const std::size_t at = random() % changed.size();
-      const char byte = random() % 4 == 0 ? static_cast<char>(random() & 0xff)
-                                          : kLikely[random() % kLikely.size()];
-      switch (random() % 3) {
-        case 0:
-          changed[at] = byte;
-          break;
-        case 1:
-          changed.insert(at, 1, byte);
-          break;
-        default:
-          changed.erase(at, 1);
-      }
-    }
+    const std::string changed = test::changed(file, random);
     const std::vector<char> exact(changed.begin(), changed.end());  // ASan guards its end
     try {
       const auto parsed = parse_safetensors(std::as_bytes(std::span(exact)), "a file");
@@ -216,6 +200,9 @@ TEST(TensorFiles, RefusesBrokenDirectories) {
   };
   const char* const index = "model.safetensors.index.json";
   EXPECT_EQ(open_error(), "DIR: has neither model.safetensors nor model.safetensors.index.json");
+  std::filesystem::create_directory(directory.path() / index);
+  EXPECT_TRUE(open_error().starts_with("DIR/model.safetensors.index.json: can't read: "));
+  std::filesystem::remove(directory.path() / index);
   directory.write(index, "{");
   EXPECT_TRUE(open_error().starts_with("DIR/model.safetensors.index.json: "));
   directory.write(index, "{}");
