@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill of examples/tiny_m3 with sparse and with dense attention at several prompt lengths.
 
-    python3 bench/prefill.py run      # measures, writes bench/results/cpu/<date>.json, then as below
+    python3 bench/prefill.py run      # measures, writes bench/results/cpu/prefill-<date>.json, then as below
     python3 bench/prefill.py tables   # bench/results/cpu/README.md and README.md from the newest file
 
 Runs msa at each length REPEATS times, sparse and dense in turn, so that both see the same machine; the
@@ -78,7 +78,7 @@ def measure():
         "repeats": REPEATS, "ceilings": ceilings(), "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{date}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"prefill-{date}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def attention_flops(tokens, mode):
@@ -147,7 +147,7 @@ def caption(report, path):
 
 
 def write_tables():
-    newest = sorted(RESULTS.glob("*.json"))[-1]
+    newest = sorted(RESULTS.glob("prefill-*.json"))[-1]
     report = json.loads(newest.read_text())
     first, last = report["rows"][0], report["rows"][-1]
     growth = [row["msa.prefill"]["attention"]["median"] / row["prompt_tokens"] for row in (first, last)]
