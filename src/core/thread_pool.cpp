@@ -18,6 +18,9 @@ namespace core {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+/// Looks at a flag before a thread goes to sleep, some 50 us: a decode step is a row of short
+/// regions, and waking a sleeper took about as long as one of them (docs/kernels/cpu.md).
+constexpr int kSpins = 2000;
 
 int default_num_threads() {
   const std::string text = env("MSA_NUM_THREADS");
@@ -62,18 +65,36 @@ class ThreadPool {
       context_ = context;
       count_ = count;
       next_ = 0;
-      busy_ = static_cast<int>(workers_.size());
-      ++generation_;
+      open_ = true;
+      generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     take_tasks(0);
+    // Who has not come by now is not waited for: waking a sleeper takes longer than a small task.
+    {
+      const std::lock_guard lock(mutex_);
+      open_ = false;
+    }
+    spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, [this] { return busy_.load(std::memory_order_acquire) == 0; });
   }
 
  private:
   ThreadPool() : num_threads_(default_num_threads()) {}
   ~ThreadPool() { stop_workers(); }
+
+  /// Returns when `ready` is true or a sleep would cost little in comparison.
+  template <class Ready>
+  static void spin_until(Ready ready) {
+    for (int i = 0; i < kSpins && !ready(); ++i) {
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+  }
 
   void take_tasks(int worker) {
     for (;;) {
@@ -85,17 +106,20 @@ class ThreadPool {
 
   void start_workers() {
     for (int worker = static_cast<int>(workers_.size()) + 1; worker < num_threads(); ++worker) {
-      workers_.emplace_back([this, worker, seen = generation_]() mutable {
+      workers_.emplace_back([this, worker, seen = generation_.load()]() mutable {
         for (;;) {
+          spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
           {
             std::unique_lock lock(mutex_);
-            wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+            wake_.wait(lock, [&] { return stop_ || generation_.load() != seen; });
             if (stop_) return;
-            seen = generation_;
+            seen = generation_.load();
+            if (!open_) continue;
+            busy_.fetch_add(1, std::memory_order_relaxed);
           }
           take_tasks(worker);
           const std::lock_guard lock(mutex_);
-          if (--busy_ == 0) done_.notify_one();
+          if (busy_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
         }
       });
     }
@@ -122,8 +146,9 @@ class ThreadPool {
   void* context_ = nullptr;
   std::int64_t count_ = 0;
   std::atomic<std::int64_t> next_{0};
-  std::uint64_t generation_ = 0;
-  int busy_ = 0;
+  std::atomic<std::uint64_t> generation_{0};  ///< of parallel regions
+  std::atomic<int> busy_{0};                  ///< workers that came to the open region
+  bool open_ = false;                         ///< workers may still come
   bool stop_ = false;
 };
 

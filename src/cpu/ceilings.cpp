@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/tensor.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/cpu.hpp"
 #include "msa/backend.hpp"
@@ -109,15 +110,15 @@ Ceilings measure_ceilings(double seconds) {
 
   constexpr std::int64_t kFloats = std::int64_t{64} << 20;  // 256 MiB
   constexpr std::int64_t kPieces = 64;
-  const std::vector<float> data(static_cast<std::size_t>(kFloats), 1.0f);
+  const core::HostBuffer buffer(static_cast<std::size_t>(kFloats) * sizeof(float));
+  const auto* const data = reinterpret_cast<const float*>(buffer.data());
   std::vector<float> sums(kPieces);
   const auto start_read = Clock::now();
   do {
     const auto start = Clock::now();
     core::parallel_for(kPieces, [&](std::int64_t i, int) {
       constexpr std::int64_t kPiece = kFloats / kPieces;
-      sums[static_cast<std::size_t>(i)] =
-          HWY_DYNAMIC_DISPATCH(sum_read)(data.data() + i * kPiece, kPiece);
+      sums[static_cast<std::size_t>(i)] = HWY_DYNAMIC_DISPATCH(sum_read)(data + i * kPiece, kPiece);
     });
     const double bytes = static_cast<double>(kFloats) * sizeof(float);
     best.read_gbytes_per_s = std::max(best.read_gbytes_per_s, bytes / seconds_since(start) * 1e-9);

@@ -82,7 +82,7 @@ IndexScratch lay_out(const Problem& p, core::WorkspaceLayout& layout) {
   scratch.partial = layout.take<float>(rows * kMaxLanes);
   scratch.target = layout.take<float*>(rows);
   scratch.panel = layout.take<float>(std::int64_t{p.block_size} * p.index_dim);
-  scratch.pack = layout.take<float>(pack_scratch(p.index_dim));
+  scratch.pack = layout.take<float>(2 * pack_scratch(p.index_dim));
   scratch.best = layout.take<std::uint64_t>(p.top_k);
   scratch.ids = layout.take<std::int32_t>(p.top_k);
   return scratch;
@@ -145,6 +145,93 @@ void block_maxima(const IndexRequest& request, const IndexTile& tile, std::int64
                 });
 }
 
+/// Rows up to which the keys are not packed first: tokens are transposed in registers and
+/// multiplied with all rows at once (decode).
+inline constexpr std::int64_t kFewRows = 8;
+
+/// Tokens [first, first + kVectors * lanes) of a block times kRows rows of q: the same chain of
+/// multiply-adds per score as in a panel.
+template <std::int64_t kRows, std::int64_t kVectors, class T, class Stride>
+HWY_INLINE void multiply_tokens(const float* const (&q)[kRows], const T* const (&tokens)[kVectors],
+                                Stride stride, std::int64_t dim, Sums<kRows, kVectors>& sums) {
+  const FloatTag d;
+  const auto step = [&](std::int64_t k, std::int64_t count) HWY_ATTR {
+    FloatVector columns[kVectors][kPieceDims<T>];
+#pragma GCC unroll 2
+    for (std::int64_t v = 0; v < kVectors; ++v) load_columns(tokens[v] + k, stride, columns[v]);
+#pragma GCC unroll 8
+    for (std::int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        const auto factor = hn::Set(d, q[r][k + i]);
+#pragma GCC unroll 2
+        for (std::int64_t v = 0; v < kVectors; ++v) {
+          sums[r][v] = hn::MulAdd(factor, columns[v][i], sums[r][v]);
+        }
+      }
+    }
+  };
+  std::int64_t k = 0;
+  for (; k + kPieceDims<T> <= dim; k += kPieceDims<T>) step(k, kPieceDims<T>);
+  if (k < dim) step(k, dim - k);
+}
+
+/// block_maxima for at most kRows rows from first_row on, from the keys as they lie.
+template <std::int64_t kRows, class T>
+void few_rows_maxima(const T* block, std::int64_t token_stride, const IndexTile& tile,
+                     const Problem& p, std::int64_t first_row, std::int64_t num_tokens,
+                     std::int64_t base, const NextRows& next, const IndexScratch& scratch) {
+  // A chain of multiply-adds waits for its last step: eight of them keep two ports busy.
+  constexpr std::int64_t kVectors = kRows <= 4 && kTileVectors > 2 ? 2 : 1;
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  const std::int64_t dim = p.index_dim;
+  const std::int64_t padded_dim = round_up(dim, kMaxLanes);
+  const std::int64_t num_rows = std::min(kRows, tile.count * p.num_kv_heads - first_row);
+  const float* q[kRows];
+  std::int64_t limit[kRows];
+  FloatVector highest[kRows];
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    const std::int64_t row = first_row + std::min(r, num_rows - 1);
+    q[r] = scratch.q + row * padded_dim;
+    limit[r] = tile.position(row / p.num_kv_heads) + 1 - base;
+    highest[r] = hn::Set(d, -kInfinity);
+  }
+  for (std::int64_t first = 0; first < num_tokens; first += kVectors * n) {
+    const std::int64_t end = std::min(first + kVectors * n, num_tokens);
+    for (std::int64_t token = first; token < end; ++token) {
+      prefetch_row(block, token_stride, num_tokens, dim, token, next);
+    }
+    const T* tokens[kVectors];
+    std::int64_t stride = token_stride;
+    if (end - first == kVectors * n && dim % kPieceDims<T> == 0) {
+      for (std::int64_t v = 0; v < kVectors; ++v)
+        tokens[v] = block + (first + v * n) * token_stride;
+    } else {
+      stride = round_up(dim, kPieceDims<T>);
+      T* const copy = reinterpret_cast<T*>(scratch.pack);
+      copy_rows(block + first * token_stride, token_stride, end - first, dim, kVectors * n, copy);
+      for (std::int64_t v = 0; v < kVectors; ++v) tokens[v] = copy + v * n * stride;
+    }
+    Sums<kRows, kVectors> sums;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      for (std::int64_t v = 0; v < kVectors; ++v) sums[r][v] = hn::Zero(d);
+    }
+    with_stride(stride, [&](auto row) { multiply_tokens<kRows>(q, tokens, row, dim, sums); });
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      for (std::int64_t v = 0; v < kVectors; ++v) {
+        const std::int64_t visible = std::clamp<std::int64_t>(limit[r] - first - v * n, 0, n);
+        const auto better = hn::And(hn::Gt(sums[r][v], highest[r]),
+                                    hn::FirstN(d, static_cast<std::size_t>(visible)));
+        highest[r] = hn::IfThenElse(better, sums[r][v], highest[r]);
+      }
+    }
+  }
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    hn::StoreU(highest[r], d, scratch.partial + (first_row + r) * kMaxLanes);
+  }
+}
+
 void load_queries(const IndexRequest& request, const IndexTile& tile, const IndexScratch& scratch) {
   const FloatTag d;
   const Problem& p = request.problem;
@@ -191,11 +278,20 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
     if (keys.num_tokens == 0) first_row = num_rows;  // invisible, or a page id out of range
     for (std::int64_t row = 0; row < first_row; ++row) scratch.target[row][block] = -kInfinity;
     if (first_row == num_rows) continue;
+    const NextRows next = next_rows(request.index_k, rows_of(block + 1));
     with_elements(request.index_k, keys.offset, [&](const auto* from) {
-      pack_keys(from, keys.token_stride, num_tokens, p.index_dim,
-                next_rows(request.index_k, rows_of(block + 1)), scratch.pack, scratch.panel);
+      const std::int64_t rows = num_rows - first_row;
+      const auto few_rows = [&](auto count) {
+        few_rows_maxima<count>(from, keys.token_stride, tile, p, first_row, num_tokens, base, next,
+                               scratch);
+      };
+      if (rows <= 2) return few_rows(Constant<2>());
+      if (rows <= 4) return few_rows(Constant<4>());
+      if (rows <= kFewRows) return few_rows(Constant<kFewRows>());
+      pack_keys(from, keys.token_stride, num_tokens, p.index_dim, next, scratch.pack,
+                scratch.panel);
+      block_maxima(request, tile, first_row, num_tokens, base, scratch);
     });
-    block_maxima(request, tile, first_row, num_tokens, base, scratch);
     for (std::int64_t row = first_row; row < num_rows; ++row) {
       const auto partial = hn::LoadU(d, scratch.partial + row * kMaxLanes);
       const float score = hn::GetLane(hn::MaxOfLanes(d, partial)) * scale;

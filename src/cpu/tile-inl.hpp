@@ -16,7 +16,9 @@
 #include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <bit>
+#include <cstring>
 #include <type_traits>
 
 #include "core/scalar.hpp"
@@ -107,57 +109,113 @@ HWY_INLINE void with_elements(const TensorView& view, std::int64_t offset, Visit
 // ---------------------------------------------------------------------------------------------
 // Packing
 
+/// Dimensions of a token that are loaded and transposed at a time.
+template <class T>
+inline constexpr std::int64_t kPieceDims = 16 / sizeof(T);
+
 #if HWY_TARGET == HWY_SCALAR
 
-/// to[k * width + j] = from[j * row + k] for j in [0, lanes), k in [0, dim).
-HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t, std::int64_t dim,
-                          float* HWY_RESTRICT to, std::int64_t width) {
-  for (std::int64_t k = 0; k < dim; ++k) to[k * width] = from[k];
+/// columns[i] = dimension i of token j in lane j, for i in [0, kPieceDims) and j in [0, lanes):
+/// the tokens' rows are `row` elements apart.
+template <class T>
+HWY_INLINE void load_columns(const T* from, std::int64_t, FloatVector (&columns)[kPieceDims<T>]) {
+  for (std::int64_t i = 0; i < kPieceDims<T>; ++i) {
+    columns[i] = hn::Set(FloatTag(), load_scalar(from + i));
+  }
 }
 
 #else
 
-/// The 128-bit pieces base[0..3], base[4 * stride ..], ... as one vector.
-HWY_INLINE FloatVector load_pieces(const float* base, std::int64_t stride) {
-  const FloatTag d;
-  auto v = hn::LoadDup128(d, base);
-  for (std::int64_t piece = 1; piece < lanes() / 4; ++piece) {
-    v = hn::IfThenElse(hn::FirstN(d, static_cast<std::size_t>(4 * piece)), v,
-                       hn::LoadDup128(d, base + 4 * piece * stride));
+using WordTag = hn::Repartition<std::uint32_t, FloatTag>;
+using WordVector = hn::Vec<WordTag>;
+
+/// 16 bytes each of tokens that are `stride` bytes apart, from `base`, as one vector.
+template <class D>
+HWY_INLINE hn::Vec<D> load_pieces(D d, const std::byte* base, std::int64_t stride) {
+  if constexpr (HWY_MAX_BYTES == 16 || hn::MaxLanes(d) <= 4) {
+    return hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(base));
+  } else {
+    const hn::Half<D> half;
+    constexpr auto kPieces = static_cast<std::int64_t>(hn::MaxLanes(half)) / 4;
+    return hn::Combine(d, load_pieces(half, base + kPieces * stride, stride),
+                       load_pieces(half, base, stride));
   }
-  return v;
 }
 
-/// to[k * width + j] = from[j * row + k] for j in [0, lanes), k in [0, dim).
-HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t row, std::int64_t dim,
-                          float* HWY_RESTRICT to, std::int64_t width) {
+/// The two dimensions in each 32-bit lane, as f32.
+HWY_INLINE void split_pairs(hwy::bfloat16_t, WordVector pairs, FloatVector& even,
+                            FloatVector& odd) {
   const FloatTag d;
+  even = hn::BitCast(d, hn::ShiftLeft<16>(pairs));
+  odd = hn::BitCast(d, hn::And(pairs, hn::Set(WordTag(), 0xffff0000u)));
+}
+HWY_INLINE void split_pairs(hwy::float16_t, WordVector pairs, FloatVector& even, FloatVector& odd) {
+  const hn::Rebind<std::uint16_t, FloatTag> halves;
+  const auto low = hn::And(pairs, hn::Set(WordTag(), 0xffffu));
+  HWY_ALIGN hwy::float16_t converted[2 * kMaxLanes];
+  hn::Store(hn::TruncateTo(halves, low), halves, reinterpret_cast<std::uint16_t*>(converted));
+  hn::Store(hn::TruncateTo(halves, hn::ShiftRight<16>(pairs)), halves,
+            reinterpret_cast<std::uint16_t*>(converted + kMaxLanes));
+  even = load_vector(converted);
+  odd = load_vector(converted + kMaxLanes);
+}
+
+/// columns[i] = dimension i of token j in lane j, for i in [0, kPieceDims) and j in [0, lanes):
+/// the tokens' rows are `row` elements apart. 16-bit elements are transposed as pairs, so that half
+/// as much is moved, and converted last.
+template <class T>
+HWY_INLINE void load_columns(const T* from, std::int64_t row,
+                             FloatVector (&columns)[kPieceDims<T>]) {
+  const FloatTag d;
+  const WordTag words;
   const hn::Repartition<std::uint64_t, FloatTag> d64;
-  for (std::int64_t k = 0; k < dim; k += 4) {
-    // Lane 4 i + j of row_j is token 4 i + j, so four by four inside each 128-bit piece.
-    const auto row0 = load_pieces(from + k, row);
-    const auto row1 = load_pieces(from + row + k, row);
-    const auto row2 = load_pieces(from + 2 * row + k, row);
-    const auto row3 = load_pieces(from + 3 * row + k, row);
-    const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, row0, row1));
-    const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, row2, row3));
-    const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, row0, row1));
-    const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, row2, row3));
-    hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, to);
-    if (k + 1 < dim) {
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, to + width);
+  // Lane 4 i + j of row_j is token 4 i + j, so four by four inside each 128-bit piece.
+  const auto* const base = reinterpret_cast<const std::byte*>(from);
+  const std::int64_t bytes = row * static_cast<std::int64_t>(sizeof(T));
+  const auto row0 = load_pieces(words, base, 4 * bytes);
+  const auto row1 = load_pieces(words, base + bytes, 4 * bytes);
+  const auto row2 = load_pieces(words, base + 2 * bytes, 4 * bytes);
+  const auto row3 = load_pieces(words, base + 3 * bytes, 4 * bytes);
+  const auto low01 = hn::BitCast(d64, hn::InterleaveLower(words, row0, row1));
+  const auto low23 = hn::BitCast(d64, hn::InterleaveLower(words, row2, row3));
+  const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(words, row0, row1));
+  const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(words, row2, row3));
+  const WordVector word[4] = {hn::BitCast(words, hn::InterleaveLower(d64, low01, low23)),
+                              hn::BitCast(words, hn::InterleaveUpper(d64, low01, low23)),
+                              hn::BitCast(words, hn::InterleaveLower(d64, high01, high23)),
+                              hn::BitCast(words, hn::InterleaveUpper(d64, high01, high23))};
+  for (std::int64_t i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      columns[i] = hn::BitCast(d, word[i]);
+    } else {
+      split_pairs(T(), word[i], columns[2 * i], columns[2 * i + 1]);
     }
-    if (k + 2 < dim) {
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, to + 2 * width);
-    }
-    if (k + 3 < dim) {
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, to + 3 * width);
-    }
-    to += 4 * width;
   }
 }
 
 #endif
+
+/// Copies `count` rows for load_columns, which reads whole pieces of whole vectors of tokens: zeros
+/// up to kPieceDims and up to `rows` rows.
+template <class T>
+HWY_INLINE void copy_rows(const T* from, std::int64_t stride, std::int64_t count, std::int64_t dim,
+                          std::int64_t rows, T* to) {
+  const std::int64_t row = round_up(dim, kPieceDims<T>);
+  std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(rows * row) * sizeof(T));
+  for (std::int64_t j = 0; j < count; ++j) std::copy_n(from + j * stride, dim, to + j * row);
+}
+
+/// Calls visit(stride), with a constant where it is the usual one: the addresses of 16 rows are
+/// then displacements, not registers.
+template <class Visit>
+HWY_INLINE void with_stride(std::int64_t stride, Visit visit) {
+  constexpr std::int64_t kUsual = 128;
+  if (stride == kUsual) {
+    visit(std::integral_constant<std::int64_t, kUsual>());
+  } else {
+    visit(stride);
+  }
+}
 
 /// Rows that will be packed next. Blocks lie anywhere in memory, so hardware prefetchers start
 /// anew at each: packing asks for rows kPrefetchRows ahead, into the next block at the end.
@@ -193,23 +251,35 @@ HWY_INLINE void prefetch_row(const T* block, std::int64_t token_stride, std::int
 template <class T>
 void pack_keys(const T* block, std::int64_t token_stride, std::int64_t num_tokens, std::int64_t dim,
                const NextRows& next, float* HWY_RESTRICT scratch, float* HWY_RESTRICT panel) {
+  const FloatTag d;
   const std::int64_t n = lanes();
-  const std::int64_t row = round_up(dim, n);
   const std::int64_t num_vectors = core::ceil_div(num_tokens, n);
   for (std::int64_t vector = 0; vector < num_vectors; ++vector) {
-    for (std::int64_t j = 0; j < n; ++j) {
-      const std::int64_t token = vector * n + j;
-      float* const to = scratch + j * row;
-      if (token < num_tokens) {
-        prefetch_row(block, token_stride, num_tokens, dim, token, next);
-        convert_row(block + token * token_stride, dim, to);
-      } else {
-        std::fill_n(to, row, 0.0f);
-      }
+    for (std::int64_t token = vector * n; token < std::min((vector + 1) * n, num_tokens); ++token) {
+      prefetch_row(block, token_stride, num_tokens, dim, token, next);
+    }
+    const std::int64_t count = std::min(n, num_tokens - vector * n);
+    const T* tokens = block + vector * n * token_stride;
+    std::int64_t row = token_stride;
+    if (count < n || dim % kPieceDims<T> != 0) {
+      copy_rows(tokens, row, count, dim, n, reinterpret_cast<T*>(scratch));
+      tokens = reinterpret_cast<T*>(scratch);
+      row = round_up(dim, kPieceDims<T>);
     }
     const std::int64_t strip = vector / kTileVectors * kTileVectors;
     const std::int64_t width = std::min(kTileVectors, num_vectors - strip) * n;
-    transpose(scratch, row, dim, panel + strip * n * dim + (vector - strip) * n, width);
+    float* to = panel + strip * n * dim + (vector - strip) * n;
+    with_stride(row, [&](auto stride) {
+      FloatVector columns[kPieceDims<T>];
+      std::int64_t k = 0;
+      for (; k + kPieceDims<T> <= dim; k += kPieceDims<T>) {
+        load_columns(tokens + k, stride, columns);
+        for (std::int64_t i = 0; i < kPieceDims<T>; ++i, to += width) hn::StoreU(columns[i], d, to);
+      }
+      if (k == dim) return;
+      load_columns(tokens + k, stride, columns);
+      for (std::int64_t i = 0; i < dim - k; ++i, to += width) hn::StoreU(columns[i], d, to);
+    });
   }
 }
 
