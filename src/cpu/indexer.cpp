@@ -19,6 +19,7 @@
 // After foreach_target.h, as Highway requires.
 #include <hwy/highway.h>
 
+#include "cpu/screen-inl.hpp"
 #include "cpu/select-inl.hpp"
 #include "cpu/tile-inl.hpp"
 
@@ -30,6 +31,10 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kMaxRows = 128;      ///< of a tile, if there are not more index heads
 constexpr std::int64_t kTilesPerSlice = 4;  ///< whose block scores a worker's memory holds
+/// Rows up to which the keys are not packed first: tokens are transposed in registers and
+/// multiplied with all rows at once (decode). Such tiles are also screened by int8 codes, if there
+/// are any.
+constexpr std::int64_t kFewRows = 8;
 
 struct IndexRequest {
   const Problem& problem;
@@ -56,6 +61,7 @@ struct IndexTile {
   std::int64_t count;
   std::int64_t block_begin;  ///< blocks to score: [block_begin, block_end)
   std::int64_t block_end;
+  bool screened = false;  ///< score only blocks that screening left open
 
   std::int64_t position(std::int64_t query) const { return sequence.position(first + query); }
 };
@@ -65,10 +71,13 @@ struct IndexScratch {
   float* q;        ///< [rows][padded_dim]
   float* partial;  ///< [rows][lanes], maxima per lane
   float** target;  ///< [rows], where the scores of the row's blocks go
+  float** lower;   ///< [kFewRows], where lower bounds go, and then what is left open
   float* panel;    ///< depth index_dim, block_size columns
   float* pack;
   std::uint64_t* best;  ///< [top_k]
   std::int32_t* ids;    ///< [top_k]
+  ScreenRow* coded;     ///< [kFewRows]
+  std::int16_t* pairs;  ///< [kFewRows][index_dim, rounded up to kCodesPerPiece]
 };
 
 std::int64_t max_queries_per_tile(const Problem& p) {
@@ -81,10 +90,13 @@ IndexScratch lay_out(const Problem& p, core::WorkspaceLayout& layout) {
   scratch.q = layout.take<float>(rows * round_up(p.index_dim, kMaxLanes));
   scratch.partial = layout.take<float>(rows * kMaxLanes);
   scratch.target = layout.take<float*>(rows);
+  scratch.lower = layout.take<float*>(kFewRows);
   scratch.panel = layout.take<float>(std::int64_t{p.block_size} * p.index_dim);
   scratch.pack = layout.take<float>(2 * pack_scratch(p.index_dim));
   scratch.best = layout.take<std::uint64_t>(p.top_k);
   scratch.ids = layout.take<std::int32_t>(p.top_k);
+  scratch.coded = layout.take<ScreenRow>(kFewRows);
+  scratch.pairs = layout.take<std::int16_t>(kFewRows * round_up(p.index_dim, kCodesPerPiece));
   return scratch;
 }
 
@@ -144,10 +156,6 @@ void block_maxima(const IndexRequest& request, const IndexTile& tile, std::int64
                   }
                 });
 }
-
-/// Rows up to which the keys are not packed first: tokens are transposed in registers and
-/// multiplied with all rows at once (decode).
-inline constexpr std::int64_t kFewRows = 8;
 
 /// Tokens [first, first + kVectors * lanes) of a block times kRows rows of q: the same chain of
 /// multiply-adds per score as in a panel.
@@ -252,7 +260,7 @@ void load_queries(const IndexRequest& request, const IndexTile& tile, const Inde
 }
 
 /// Scores blocks [block_begin, block_end) of every row into scratch.target; -inf where a block has
-/// no visible token.
+/// no visible token. Of a screened tile only the blocks that open_blocks() left open.
 void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexScratch& scratch) {
   const FloatTag d;
   const Problem& p = request.problem;
@@ -267,7 +275,11 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
                                           tile.sequence, 0, block)
                        : core::BlockRows{};
   };
-  for (std::int64_t block = tile.block_begin; block < tile.block_end; ++block) {
+  const auto next_open = [&](std::int64_t block) {
+    while (tile.screened && block < tile.block_end && scratch.lower[0][block] == 0.0f) ++block;
+    return block;
+  };
+  const auto score_block = [&](std::int64_t block, std::int64_t following) HWY_ATTR {
     const std::int64_t base = block * p.block_size;
     const std::int64_t num_tokens =
         std::min<std::int64_t>(tile.position(tile.count - 1) + 1 - base, p.block_size);
@@ -277,8 +289,8 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
     const core::BlockRows keys = rows_of(block);
     if (keys.num_tokens == 0) first_row = num_rows;  // invisible, or a page id out of range
     for (std::int64_t row = 0; row < first_row; ++row) scratch.target[row][block] = -kInfinity;
-    if (first_row == num_rows) continue;
-    const NextRows next = next_rows(request.index_k, rows_of(block + 1));
+    if (first_row == num_rows) return;
+    const NextRows next = next_rows(request.index_k, rows_of(following));
     with_elements(request.index_k, keys.offset, [&](const auto* from) {
       const std::int64_t rows = num_rows - first_row;
       const auto few_rows = [&](auto count) {
@@ -297,6 +309,109 @@ void score_tile(const IndexRequest& request, const IndexTile& tile, const IndexS
       const float score = hn::GetLane(hn::MaxOfLanes(d, partial)) * scale;
       scratch.target[row][block] = std::isnan(score) ? -kInfinity : score;
     }
+  };
+  for (std::int64_t block = next_open(tile.block_begin); block < tile.block_end;) {
+    const std::int64_t following = next_open(block + 1);
+    score_block(block, following);
+    block = following;
+  }
+}
+
+/// Codes the queries of a tile of few rows; false where one has an element that is not finite.
+bool encode_queries(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  load_queries(request_of(args), tile, scratch);
+  bool coded = true;
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    coded = coded && encode_query(scratch.q + row * round_up(p.index_dim, kMaxLanes), p.index_dim,
+                                  scratch.coded[row],
+                                  scratch.pairs + row * round_up(p.index_dim, kCodesPerPiece));
+  }
+  return coded;
+}
+
+/// Bounds the scores of blocks [block_begin, block_end) for coded queries: from below into
+/// scratch.lower, from above into scratch.target.
+void screen_tile(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  const std::int64_t num_tokens = tile.position(tile.count - 1) + 1;
+  const std::int64_t end = std::min(tile.block_end, core::ceil_div(num_tokens, p.block_size));
+  const auto rows_of = [&](const TensorView& view, std::int64_t block) {
+    return block < end ? core::block_rows(view, args.batch, p.block_size, tile.sequence, 0, block)
+                       : core::BlockRows{};
+  };
+  const auto screen = [&](auto count, std::int64_t block) HWY_ATTR {
+    constexpr std::int64_t kRows = count;
+    const ScreenRow* coded[kRows];
+    const std::int16_t* pairs[kRows];
+    std::int64_t limit[kRows];
+    float lower[kRows];
+    float upper[kRows];
+    const std::int64_t base = block * p.block_size;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t row = std::min(r, num_rows - 1);
+      coded[r] = scratch.coded + row;
+      pairs[r] = scratch.pairs + row * round_up(p.index_dim, kCodesPerPiece);
+      limit[r] = tile.position(row / p.num_kv_heads) + 1 - base;
+    }
+    const core::BlockRows codes = rows_of(args.index_k_codes, block);
+    const core::BlockRows scales = rows_of(args.index_k_scales, block);
+    screen_block({.codes = reinterpret_cast<const std::int8_t*>(
+                      core::address_at(args.index_k_codes, codes.offset)),
+                  .code_stride = codes.token_stride,
+                  .scales = reinterpret_cast<const std::uint16_t*>(
+                      core::address_at(args.index_k_scales, scales.offset)),
+                  .scale_stride = scales.token_stride,
+                  .num_tokens = std::min(num_tokens - base, codes.num_tokens)},
+                 p.index_dim, coded, pairs, limit,
+                 next_rows(args.index_k_codes, rows_of(args.index_k_codes, block + 1)),
+                 next_rows(args.index_k_scales, rows_of(args.index_k_scales, block + 1)),
+                 reinterpret_cast<std::int8_t*>(scratch.pack), lower, upper);
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      scratch.lower[row][block] = lower[row];
+      scratch.target[row][block] = upper[row];
+    }
+  };
+  for (std::int64_t block = tile.block_begin; block < end; ++block) {
+    if (num_rows <= 2) {
+      screen(Constant<2>(), block);
+    } else if (num_rows <= 4) {
+      screen(Constant<4>(), block);
+    } else {
+      screen(Constant<kFewRows>(), block);
+    }
+  }
+}
+
+/// From the bounds of whole rows to what is left open: scratch.lower[0][block] becomes 1 where a
+/// row might select the block for its score, else 0; all scores become -inf. A block is out when as
+/// many blocks as a row selects have lower bounds above its upper bound.
+void open_blocks(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  const std::int64_t count = p.top_k - p.num_init_blocks - p.num_local_blocks;
+  std::int64_t limits[kFewRows];  // blocks [num_init_blocks, limit) compete
+  float thresholds[kFewRows];
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const std::int64_t position = tile.position(row / p.num_kv_heads);
+    const std::int64_t visible = position < 0 ? 0 : position / p.block_size + 1;
+    limits[row] = visible > p.top_k && count > 0 ? visible - p.num_local_blocks : 0;
+    if (limits[row] == 0) continue;
+    scan_best(scratch.lower[row], p.num_init_blocks, limits[row], count, scratch.best);
+    thresholds[row] = scratch.lower[row][block_of(scratch.best[0])];
+  }
+  for (std::int64_t block = 0; block < tile.block_end; ++block) {
+    bool open = false;
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      float& score = scratch.target[row][block];
+      if (block >= p.num_init_blocks && block < limits[row]) {
+        open = open || score >= thresholds[row];
+      }
+      score = -kInfinity;
+    }
+    scratch.lower[0][block] = open ? 1.0f : 0.0f;
   }
 }
 
@@ -322,6 +437,9 @@ HWY_AFTER_NAMESPACE();
 namespace msa::cpu {
 HWY_EXPORT(score_tile);
 HWY_EXPORT(select_tile);
+HWY_EXPORT(encode_queries);
+HWY_EXPORT(screen_tile);
+HWY_EXPORT(open_blocks);
 
 namespace {
 
@@ -400,11 +518,17 @@ void run(const IndexerScores& args, std::span<std::byte> workspace, Stream) {
       });
 }
 
-/// Block scores of one grid tile, behind the scratch of a slice: f32 [rows][num_blocks].
-std::size_t tile_scores_bytes(const Indexer& args) {
+/// Floats per row of a grid tile, behind the scratch of a slice: scores of all blocks and, where
+/// there are codes, lower bounds.
+std::int64_t floats_per_row(const Indexer& args) {
   const std::int64_t columns = core::ceil_div(core::max_seq_len_k(args), args.problem.block_size);
+  return args.index_k_codes.given() ? 2 * columns : columns;
+}
+
+std::size_t tile_scores_bytes(const Indexer& args) {
   core::WorkspaceLayout layout;
-  layout.take<float>(max_queries_per_tile(args.problem) * args.problem.num_kv_heads * columns);
+  layout.take<float>(max_queries_per_tile(args.problem) * args.problem.num_kv_heads *
+                     floats_per_row(args));
   return layout.bytes();
 }
 
@@ -418,6 +542,14 @@ std::size_t slice_bytes(const Indexer& args) {
          static_cast<std::size_t>(tiles_per_slice(args)) * tile_scores_bytes(args);
 }
 
+/// Whether the tile is screened by its codes; then its queries are coded.
+bool screens(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  return args.index_k_codes.given() && tile.count * p.num_kv_heads <= kFewRows &&
+         tile.position(tile.count - 1) / p.block_size >= p.top_k &&
+         HWY_DYNAMIC_DISPATCH(encode_queries)(args, tile, scratch);
+}
+
 void run(const Indexer& args, std::span<std::byte> workspace, Stream) {
   const core::Sequences sequences(args);
   const IndexRequest request = request_of(args);
@@ -426,17 +558,17 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream) {
   const std::int64_t columns = core::ceil_div(core::max_seq_len_k(args), p.block_size);
   const std::size_t bytes = slice_bytes(args);
   const auto slices = static_cast<std::int64_t>(workspace.size() / bytes);
-  IndexGrid grid(p, total_q, columns);
+  const IndexGrid grid(p, total_q, columns);
 
-  /// Memory for the scores of grid tile `slot`; `slice` tells where the first slot is.
-  const auto scores_at = [&](std::byte* slice, std::int64_t slot) {
-    return reinterpret_cast<float*>(slice + scratch_bytes(p) +
-                                    static_cast<std::size_t>(slot) * tile_scores_bytes(args));
-  };
   const auto point_rows = [&](const IndexScratch& scratch, const IndexTile& tile,
-                              std::int64_t row_begin, float* scores) {
+                              std::int64_t row_begin, std::byte* slice, std::int64_t slot) {
+    auto* scores = reinterpret_cast<float*>(
+        slice + scratch_bytes(p) + static_cast<std::size_t>(slot) * tile_scores_bytes(args));
+    scores += row_begin * p.num_kv_heads * floats_per_row(args);
     for (std::int64_t row = 0; row < tile.count * p.num_kv_heads; ++row) {
-      scratch.target[row] = scores + (row_begin * p.num_kv_heads + row) * columns;
+      scratch.target[row] = scores;
+      if (row < kFewRows) scratch.lower[row] = scores + columns;
+      scores += floats_per_row(args);
     }
   };
 
@@ -446,8 +578,13 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream) {
       const IndexScratch scratch = lay_out(p, layout);
       grid.for_each_sequence(sequences, total_q, grid.num_tiles - 1 - item, 0,
                              [&](IndexTile tile, std::int64_t row_begin) {
-                               point_rows(scratch, tile, row_begin, scores_at(memory, 0));
+                               point_rows(scratch, tile, row_begin, memory, 0);
                                tile.block_end = core::ceil_div(tile.sequence.k_len, p.block_size);
+                               tile.screened = screens(args, tile, scratch);
+                               if (tile.screened) {
+                                 HWY_DYNAMIC_DISPATCH(screen_tile)(args, tile, scratch);
+                                 HWY_DYNAMIC_DISPATCH(open_blocks)(args, tile, scratch);
+                               }
                                HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
                                HWY_DYNAMIC_DISPATCH(select_tile)(args, tile, scratch);
                              });
@@ -455,33 +592,45 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream) {
     return;
   }
 
-  // Few queries: the scores of all of them fit, so that threads can divide the blocks.
-  grid.divide_blocks(std::min<std::int64_t>(slices, num_threads()));
-  const auto scores_of_tile = [&](std::int64_t tile) {
-    const std::int64_t slice = tile / tiles_per_slice(args);
-    return scores_at(workspace.data() + static_cast<std::size_t>(slice) * bytes,
-                     tile % tiles_per_slice(args));
+  // Few queries: the scores of all of them fit, so that threads can divide the blocks. Each pass
+  // goes over all tiles before the next begins.
+  const auto pass = [&](const IndexGrid& over, auto work) {
+    for_each_item(over.num_tiles * over.num_ranges, workspace, bytes,
+                  [&](std::int64_t item, std::byte* memory) {
+                    core::WorkspaceLayout layout(memory);
+                    const IndexScratch scratch = lay_out(p, layout);
+                    const std::int64_t idx = over.num_tiles - 1 - item / over.num_ranges;
+                    std::byte* const slice =
+                        workspace.data() +
+                        static_cast<std::size_t>(idx / tiles_per_slice(args)) * bytes;
+                    over.for_each_sequence(sequences, total_q, idx, item % over.num_ranges,
+                                           [&](IndexTile tile, std::int64_t row_begin) {
+                                             point_rows(scratch, tile, row_begin, slice,
+                                                        idx % tiles_per_slice(args));
+                                             work(tile, scratch);
+                                           });
+                  });
   };
-  for_each_item(grid.num_tiles * grid.num_ranges, workspace, bytes,
-                [&](std::int64_t item, std::byte* memory) {
-                  core::WorkspaceLayout layout(memory);
-                  const IndexScratch scratch = lay_out(p, layout);
-                  const std::int64_t tile_idx = grid.num_tiles - 1 - item / grid.num_ranges;
-                  grid.for_each_sequence(sequences, total_q, tile_idx, item % grid.num_ranges,
-                                         [&](const IndexTile& tile, std::int64_t row_begin) {
-                                           point_rows(scratch, tile, row_begin,
-                                                      scores_of_tile(tile_idx));
-                                           HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
-                                         });
-                });
-  for_each_item(grid.num_tiles, workspace, bytes, [&](std::int64_t item, std::byte* memory) {
-    core::WorkspaceLayout layout(memory);
-    const IndexScratch scratch = lay_out(p, layout);
-    grid.for_each_sequence(sequences, total_q, item, 0,
-                           [&](const IndexTile& tile, std::int64_t row_begin) {
-                             point_rows(scratch, tile, row_begin, scores_of_tile(item));
-                             HWY_DYNAMIC_DISPATCH(select_tile)(args, tile, scratch);
-                           });
+  IndexGrid divided = grid;
+  divided.divide_blocks(std::min<std::int64_t>(slices, num_threads()));
+  pass(divided, [&](const IndexTile& tile, const IndexScratch& scratch) {
+    if (screens(args, tile, scratch)) {
+      HWY_DYNAMIC_DISPATCH(screen_tile)(args, tile, scratch);
+    } else {
+      HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
+    }
+  });
+  if (args.index_k_codes.given()) {
+    pass(grid, [&](const IndexTile& tile, const IndexScratch& scratch) {
+      if (screens(args, tile, scratch)) HWY_DYNAMIC_DISPATCH(open_blocks)(args, tile, scratch);
+    });
+    pass(divided, [&](IndexTile& tile, const IndexScratch& scratch) {
+      tile.screened = screens(args, tile, scratch);
+      if (tile.screened) HWY_DYNAMIC_DISPATCH(score_tile)(request, tile, scratch);
+    });
+  }
+  pass(grid, [&](const IndexTile& tile, const IndexScratch& scratch) {
+    HWY_DYNAMIC_DISPATCH(select_tile)(args, tile, scratch);
   });
 }
 
