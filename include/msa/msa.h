@@ -112,7 +112,7 @@ typedef struct msa_indexer {
   msa_tensor index_q;
   msa_tensor index_k;
   msa_tensor block_ids;
-  msa_tensor index_k_codes;  /* optional, with index_k_scales */
+  msa_tensor index_k_codes; /* optional, with index_k_scales */
   msa_tensor index_k_scales;
 } msa_indexer;
 
@@ -185,7 +185,7 @@ typedef struct msa_append_kv {
   msa_tensor k_pages;
   msa_tensor v_pages;
   msa_tensor index_k_pages;
-  msa_tensor index_k_codes_pages;  /* optional, with index_k_scales_pages */
+  msa_tensor index_k_codes_pages; /* optional, with index_k_scales_pages */
   msa_tensor index_k_scales_pages;
 } msa_append_kv;
 

@@ -90,9 +90,9 @@ struct SelectTopK {
 struct Indexer {
   Problem problem{};
   Batch batch{};
-  TensorView index_q{};  ///< [total_q, num_kv_heads, index_dim]
-  TensorView index_k{};  ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
-  TensorView index_k_codes{};   ///< i8 [num_pages, 1, block_size, index_dim]; optional.
+  TensorView index_q{};        ///< [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};        ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
+  TensorView index_k_codes{};  ///< i8 [num_pages, 1, block_size, index_dim]; optional.
   TensorView index_k_scales{};  ///< bf16 [num_pages, 1, block_size, 2], with index_k_codes: scale c
                                 ///< and error e of each key, ||k - c codes||_2 <= e.
   TensorView block_ids{};       ///< i32 [num_kv_heads, total_q, top_k], ascending, then -1.
@@ -176,13 +176,13 @@ struct IndexerKlBackward {
 /// e = +inf.
 struct AppendKv {
   Problem problem{};
-  Batch batch{};               ///< page_table and seq_lens_k are required.
-  TensorView k{};              ///< [total_q, num_kv_heads, head_dim]
-  TensorView v{};              ///< [total_q, num_kv_heads, head_dim]
-  TensorView index_k{};        ///< [total_q, 1, index_dim]
-  TensorView k_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
-  TensorView v_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
-  TensorView index_k_pages{};  ///< [num_pages, 1, block_size, index_dim]
+  Batch batch{};                      ///< page_table and seq_lens_k are required.
+  TensorView k{};                     ///< [total_q, num_kv_heads, head_dim]
+  TensorView v{};                     ///< [total_q, num_kv_heads, head_dim]
+  TensorView index_k{};               ///< [total_q, 1, index_dim]
+  TensorView k_pages{};               ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView v_pages{};               ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView index_k_pages{};         ///< [num_pages, 1, block_size, index_dim]
   TensorView index_k_codes_pages{};   ///< i8 [num_pages, 1, block_size, index_dim]; optional, with
                                       ///< index_k.
   TensorView index_k_scales_pages{};  ///< bf16 [num_pages, 1, block_size, 2]: (c, e); with

@@ -25,8 +25,8 @@
 
 #include <cmath>
 
-#include "cpu/screen.hpp"
-#include "cpu/tile-inl.hpp"
+#include "cpu/index_score-inl.hpp"
+#include "cpu/select-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu::HWY_NAMESPACE {
@@ -177,6 +177,104 @@ void screen_block(const CodedBlock& block, std::int64_t dim, const ScreenRow* co
   for (std::int64_t r = 0; r < kRows; ++r) {
     lower[r] = hn::GetLane(hn::MaxOfLanes(d, least[r]));
     upper[r] = hn::GetLane(hn::MaxOfLanes(d, most[r]));
+  }
+}
+
+/// Codes the queries of a tile of few rows; false where one has an element that is not finite.
+bool encode_queries(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  load_queries(index_request_of(args), tile, scratch);
+  bool coded = true;
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    coded = coded && encode_query(scratch.q + row * round_up(p.index_dim, kMaxLanes), p.index_dim,
+                                  scratch.coded[row],
+                                  scratch.pairs + row * round_up(p.index_dim, kCodesPerPiece));
+  }
+  return coded;
+}
+
+/// Bounds the scores of blocks [block_begin, block_end) for coded queries: from below into
+/// scratch.lower, from above into scratch.target.
+void screen_tile(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  const std::int64_t num_tokens = tile.position(tile.count - 1) + 1;
+  const std::int64_t end = std::min(tile.block_end, core::ceil_div(num_tokens, p.block_size));
+  const auto rows_of = [&](const TensorView& view, std::int64_t block) {
+    return block < end ? core::block_rows(view, args.batch, p.block_size, tile.sequence, 0, block)
+                       : core::BlockRows{};
+  };
+  const auto screen = [&](auto count, std::int64_t block) HWY_ATTR {
+    constexpr std::int64_t kRows = count;
+    const ScreenRow* coded[kRows];
+    const std::int16_t* pairs[kRows];
+    std::int64_t limit[kRows];
+    float lower[kRows];
+    float upper[kRows];
+    const std::int64_t base = block * p.block_size;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t row = std::min(r, num_rows - 1);
+      coded[r] = scratch.coded + row;
+      pairs[r] = scratch.pairs + row * round_up(p.index_dim, kCodesPerPiece);
+      limit[r] = tile.position(row / p.num_kv_heads) + 1 - base;
+    }
+    const core::BlockRows codes = rows_of(args.index_k_codes, block);
+    const core::BlockRows scales = rows_of(args.index_k_scales, block);
+    screen_block({.codes = reinterpret_cast<const std::int8_t*>(
+                      core::address_at(args.index_k_codes, codes.offset)),
+                  .code_stride = codes.token_stride,
+                  .scales = reinterpret_cast<const std::uint16_t*>(
+                      core::address_at(args.index_k_scales, scales.offset)),
+                  .scale_stride = scales.token_stride,
+                  .num_tokens = std::min(num_tokens - base, codes.num_tokens)},
+                 p.index_dim, coded, pairs, limit,
+                 next_rows(args.index_k_codes, rows_of(args.index_k_codes, block + 1)),
+                 next_rows(args.index_k_scales, rows_of(args.index_k_scales, block + 1)),
+                 reinterpret_cast<std::int8_t*>(scratch.pack), lower, upper);
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      scratch.lower[row][block] = lower[row];
+      scratch.target[row][block] = upper[row];
+    }
+  };
+  for (std::int64_t block = tile.block_begin; block < end; ++block) {
+    if (num_rows <= 2) {
+      screen(Constant<2>(), block);
+    } else if (num_rows <= 4) {
+      screen(Constant<4>(), block);
+    } else {
+      screen(Constant<kFewRows>(), block);
+    }
+  }
+}
+
+/// From the bounds of whole rows to what is left open: scratch.lower[0][block] becomes 1 where a
+/// row might select the block for its score, else 0; all scores become -inf. A block is out when as
+/// many blocks as a row selects have lower bounds above its upper bound.
+void open_blocks(const Indexer& args, const IndexTile& tile, const IndexScratch& scratch) {
+  const Problem& p = args.problem;
+  const std::int64_t num_rows = tile.count * p.num_kv_heads;
+  const std::int64_t count = p.top_k - p.num_init_blocks - p.num_local_blocks;
+  std::int64_t limits[kFewRows];  // blocks [num_init_blocks, limit) compete
+  float thresholds[kFewRows];
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const std::int64_t position = tile.position(row / p.num_kv_heads);
+    const std::int64_t visible = position < 0 ? 0 : position / p.block_size + 1;
+    limits[row] = visible > p.top_k && count > 0 ? visible - p.num_local_blocks : 0;
+    if (limits[row] == 0) continue;
+    scan_best(scratch.lower[row], p.num_init_blocks, limits[row], count, scratch.best);
+    thresholds[row] = scratch.lower[row][block_of(scratch.best[0])];
+  }
+  for (std::int64_t block = 0; block < tile.block_end; ++block) {
+    bool open = false;
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      float& score = scratch.target[row][block];
+      if (block >= p.num_init_blocks && block < limits[row]) {
+        open = open || score >= thresholds[row];
+      }
+      score = -kInfinity;
+    }
+    scratch.lower[0][block] = open ? 1.0f : 0.0f;
   }
 }
 
