@@ -44,6 +44,7 @@ EXTERNAL = [
     (r"pcre2\.h|dnnl|oneapi/dnnl/", ("src/model",)),
     (r"gtest/|gmock/", ("tests",)),
     (r"benchmark/", ("bench",)),
+    (r"malloc\.h", ("tests",)),  # glibc's mallinfo2()
     # POSIX
     (r"sys/|fcntl\.h|unistd\.h|signal\.h|dirent\.h|dlfcn\.h", ("src/model", "tools", "tests", "bench")),
 ]

@@ -29,7 +29,7 @@ struct MemoryPlan {
   DType cache_dtype = DType::bf16;
   std::int64_t weights = 0;  ///< bytes; mapped from the checkpoint's files, read as they are used
   std::vector<CacheMemory> caches{};  ///< the kinds that the model has
-  WorkingMemory working{};          ///< of one forward call with logits for one token
+  WorkingMemory working{};            ///< of one forward call with logits for one token
 
   std::int64_t cache_total() const;
 };
