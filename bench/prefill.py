@@ -146,6 +146,16 @@ def caption(report, path):
     )
 
 
+def llama_cpp_section():
+    files = sorted(RESULTS.glob("llama_cpp-*.json"))
+    if not files:
+        return ""
+    import llama_cpp  # bench/llama_cpp.py, which imports this file
+
+    report = json.loads(files[-1].read_text())
+    return "\n" + llama_cpp.section(report, files[-1].relative_to(ROOT))
+
+
 def write_tables():
     newest = sorted(RESULTS.glob("prefill-*.json"))[-1]
     report = json.loads(newest.read_text())
@@ -155,6 +165,7 @@ def write_tables():
         f"# Prefill on CPUs: MSA and dense\n\n{caption(report, newest)}\n\n{table(report)}\n\n"
         f"Attention per token at {last['prompt_tokens']:,} tokens is {growth[1] / growth[0]:.2f}x that "
         f"at {first['prompt_tokens']:,}.\n\nWhere the time goes\n\n{shares(report)}\n"
+        f"{llama_cpp_section()}"
     )
     readme = ROOT / "README.md"
     text = readme.read_text()
