@@ -40,7 +40,7 @@ EXTERNAL = [
     (r"hwy/", ("src/cpu", "tests/cpu")),
     (r"cuda[A-Za-z_]*\.h|cuda/|cooperative_groups|cublas|nv", ("src/cuda", "tests/cuda")),
     (r"nlohmann/", ("src/model", "tools", "tests", "bench")),
-    (r"CLI/", ("tools",)),
+    (r"CLI/", ("tools", "bench")),
     (r"pcre2\.h|dnnl|oneapi/dnnl/", ("src/model",)),
     (r"gtest/|gmock/", ("tests",)),
     (r"benchmark/", ("bench",)),
