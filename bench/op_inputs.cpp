@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <utility>
@@ -176,10 +178,33 @@ void Inputs::add_attention() {
 
 void Inputs::add_new_tokens() {
   const Problem& p = shape_.problem;
-  new_k_ = normal_tensor(shape_.activations, {total_q(), p.num_kv_heads, p.head_dim}, seed_ + 6);
-  new_v_ = normal_tensor(shape_.activations, {total_q(), p.num_kv_heads, p.head_dim}, seed_ + 7);
-  if (cache_->index_k.view().given()) {
-    new_index_k_ = normal_tensor(shape_.activations, {total_q(), 1, p.index_dim}, seed_ + 8);
+  // Values of the cache itself, so that appending leaves it as it is; other places that move_to()
+  // goes to get these keys and values, but their own index keys.
+  const auto copy = [&](const Tensor& pages, std::int64_t heads, std::int64_t dim,
+                        std::int64_t tokens) {
+    Tensor rows(shape_.activations, {shape_.batch_size * tokens, heads, dim});
+    std::int64_t element = 0;
+    for (std::int64_t b = 0; b < shape_.batch_size; ++b) {
+      for (std::int64_t t = shape_.seq_len_k - tokens; t < shape_.seq_len_k; ++t) {
+        const std::int64_t page =
+            page_table_.data<std::int32_t>()[b * num_blocks() + t / p.block_size];
+        for (std::int64_t head = 0; head < heads; ++head) {
+          const std::uint16_t* from =
+              pages.data<std::uint16_t>() +
+              ((page * heads + head) * p.block_size + t % p.block_size) * dim;
+          for (std::int64_t i = 0; i < dim; ++i) {
+            store(rows, element++, core::bf16_to_f32(from[i]));
+          }
+        }
+      }
+    }
+    return rows;
+  };
+  new_k_ = copy(cache_->k, p.num_kv_heads, p.head_dim, shape_.seq_len_q);
+  new_v_ = copy(cache_->v, p.num_kv_heads, p.head_dim, shape_.seq_len_q);
+  if (index_q_.view().given()) {
+    new_index_k_ =
+        copy(cache_->index_k, 1, p.index_dim, index_q_.view().shape[0] / shape_.batch_size);
   }
 }
 
@@ -221,12 +246,13 @@ double Inputs::page_bytes(std::int64_t heads, std::int64_t dim) const {
   return 2.0 * static_cast<double>(shape_.batch_size * shape_.seq_len_k * heads * dim);
 }
 
-TensorView Inputs::index_q_view() const {
-  const Problem& p = shape_.problem;
-  const std::int64_t offset = first_index_row_ * p.num_kv_heads * p.index_dim *
-                              static_cast<std::int64_t>(size_of(shape_.activations));
-  return TensorView::contiguous(index_q_.data<std::byte>() + offset, shape_.activations, {},
-                                {total_q(), p.num_kv_heads, p.index_dim});
+/// The rows of `tensor` [rows, heads, dim] at which move_to() stands.
+TensorView Inputs::rows_at_place(const core::Tensor& tensor) const {
+  const TensorView& all = tensor.view();
+  const std::int64_t row_bytes =
+      all.shape[1] * all.shape[2] * static_cast<std::int64_t>(size_of(all.dtype));
+  return TensorView::contiguous(tensor.data<std::byte>() + first_index_row_ * row_bytes, all.dtype,
+                                {}, {total_q(), all.shape[1], all.shape[2]});
 }
 
 TensorView Inputs::scores_view() const {
@@ -237,7 +263,7 @@ TensorView Inputs::scores_view() const {
 Work Inputs::index_work() const {
   const Problem& p = shape_.problem;
   return {.flops = 2.0 * p.index_dim * p.num_kv_heads * visible_pairs(),
-          .bytes = bytes_of(index_q_view()) + page_bytes(1, p.index_dim)};
+          .bytes = bytes_of(rows_at_place(index_q_)) + page_bytes(1, p.index_dim)};
 }
 
 Op<IndexerScores> Inputs::index_scores() const {
@@ -245,7 +271,7 @@ Op<IndexerScores> Inputs::index_scores() const {
   work.bytes += bytes_of(scores_view());
   return {.args = {.problem = shape_.problem,
                    .batch = batch(),
-                   .index_q = index_q_view(),
+                   .index_q = rows_at_place(index_q_),
                    .index_k = cache_->index_k,
                    .block_scores = scores_view()},
           .work = work};
@@ -267,7 +293,7 @@ Op<Indexer> Inputs::indexer() const {
   work.bytes += bytes_of(block_ids_);
   return {.args = {.problem = shape_.problem,
                    .batch = batch(),
-                   .index_q = index_q_view(),
+                   .index_q = rows_at_place(index_q_),
                    .index_k = cache_->index_k,
                    .block_ids = block_ids_},
           .work = work};
@@ -325,10 +351,10 @@ Op<AppendKv> Inputs::append() const {
   double written = 2.0 * 2.0 * static_cast<double>(new_k_.view().num_elements());
   double read = bytes_of(new_k_) + bytes_of(new_v_);
   if (new_index_k_.view().given()) {
-    args.index_k = new_index_k_;
+    args.index_k = rows_at_place(new_index_k_);
     args.index_k_pages = cache_->index_k;
-    read += bytes_of(new_index_k_);
-    written += 2.0 * static_cast<double>(new_index_k_.view().num_elements());
+    read += bytes_of(args.index_k);
+    written += 2.0 * static_cast<double>(args.index_k.num_elements());
   }
   return {.args = args, .work = {.bytes = read + written}};
 }

@@ -61,10 +61,10 @@ class Inputs {
   /// `rows`: index queries, if more than the shape's, for move_to().
   void add_index(const SelectionFamily& family, std::int64_t rows = 0);
   void add_attention();
-  void add_new_tokens();
-  void add_scores();                                  ///< room for them; index_scores() fills it
-  void add_random_scores();                           ///< N(0, 1)
-  void add_ids();                                     ///< room for them; an indexer fills it
+  void add_new_tokens();     ///< after add_index(), where it is called, and add_attention()
+  void add_scores();         ///< room for them; index_scores() fills it
+  void add_random_scores();  ///< N(0, 1)
+  void add_ids();            ///< room for them; an indexer fills it
   void add_selection(const SelectionFamily& family);  ///< ids as the family has them
 
   /// The same queries at positions [first_position, first_position + seq_len_q) of a longer prompt,
@@ -92,7 +92,7 @@ class Inputs {
   double page_bytes(std::int64_t heads, std::int64_t dim) const;
   Work index_work() const;
   TensorView scores_view() const;
-  TensorView index_q_view() const;
+  TensorView rows_at_place(const core::Tensor& tensor) const;
   void set_lengths();
 
   Shape shape_;
