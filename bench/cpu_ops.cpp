@@ -396,7 +396,7 @@ void add_layers() {
     const Shape shape = model_shape(seq_len_k == 4096 ? "m3/4k" : "m3/32k", kM3, 1, 512, seq_len_k);
     const auto add_layer = [&](const std::string& name, Layer layer,
                                const SelectionFamily& family) {
-      // Tens of seconds a run at 32K: one is enough to time.
+      // Tens of seconds a run at 32K: one iteration is enough to time, three show the spread.
       add("layer/" + shape.name + name, [=](State& s) {
         bench_layer(s, shape, layer, family);
       })->Iterations(1);
