@@ -40,10 +40,12 @@ EXTERNAL = [
     (r"hwy/", ("src/cpu", "tests/cpu")),
     (r"cuda[A-Za-z_]*\.h|cuda/|cooperative_groups|cublas|nv", ("src/cuda", "tests/cuda")),
     (r"nlohmann/", ("src/model", "tools", "tests", "bench")),
-    (r"CLI/", ("tools",)),
+    (r"CLI/", ("tools", "bench")),
     (r"pcre2\.h|dnnl|oneapi/dnnl/", ("src/model",)),
     (r"gtest/|gmock/", ("tests",)),
     (r"benchmark/", ("bench",)),
+    (r"sys/mman\.h", ("src/core", "src/model", "tests", "bench")),  # madvise in core::HostBuffer
+    (r"malloc\.h", ("tests",)),  # glibc's mallinfo2()
     # POSIX
     (r"sys/|fcntl\.h|unistd\.h|signal\.h|dirent\.h|dlfcn\.h", ("src/model", "tools", "tests", "bench")),
 ]
