@@ -43,12 +43,15 @@ FROM_ROWS = {
     "decode.128k.fraction_of_bandwidth": ("fraction_of_bandwidth", "decode/m3/b1/128k/step"),
     "decode_b8.128k.fraction_of_bandwidth": ("fraction_of_bandwidth", "decode/m3/b8/128k/step"),
     "decode_index.128k.fraction_of_bandwidth": ("fraction_of_bandwidth", "decode/m3/b1/128k/indexer"),
+    "decode_codes.128k.fraction_of_bandwidth": ("fraction_of_bandwidth",
+                                                "decode/m3/b1/128k/step_codes/real-like"),
 }
 # Key of summary.json -> rows whose times are divided.
 RATIOS = {
     "topk.32k.share_of_index": ("select_top_k/m3/chunk512/32k", "index_scores/m3/chunk512/32k"),
     "layer.32k.dense_over_msa": ("layer/m3/32k/dense", "layer/m3/32k/msa/real-like"),
     "layer_fused.32k.dense_over_msa": ("layer/m3/32k/dense", "layer/m3/32k/msa_fused/real-like"),
+    "decode_codes.128k.speedup": ("decode/m3/b1/128k/step", "decode/m3/b1/128k/step_codes/real-like"),
     "layer_random.32k.dense_over_msa": ("layer/m3/32k/dense", "layer/m3/32k/msa/random"),
 }
 LLAMA_CPP = {"llama_cpp.prefill_32k_ratio": "prefill_32k_ratio",
@@ -223,8 +226,9 @@ def merge(folder):
 
 
 def origin(report, path):
+    dirty = " with changes" if report["commit"].endswith("-dirty") else ""
     return (f"{report['device']}, {report['date']}; `{report['command']}` at commit "
-            f"`{report['commit'][:12]}`. Data: `{path}`.")
+            f"`{report['commit'][:12]}`{dirty}. Data: `{path}`.")
 
 
 def targets_table(report, path):
