@@ -366,7 +366,7 @@ Shape model_shape(const char* name, const Problem& problem, std::int64_t batch_s
 }
 
 template <class Function>
-auto* add(const std::string& name, Function function) {
+auto* add(const std::string& name, const Function& function) {
   return benchmark::RegisterBenchmark(name.c_str(), function)
       ->Unit(benchmark::kMillisecond)
       ->UseRealTime();
@@ -427,9 +427,10 @@ void add_decode() {
         model_shape("small/b1/128k", kSmall, 1, 1, 131072),
         model_shape("small/b8/128k", kSmall, 8, 1, 131072)}) {
     const auto add_rows = [&](const DecodeRow& row, const std::string& kind) {
-      const std::string name = "decode/" + shape.name + "/";
-      add(name + "indexer" + kind, [=](State& s) { bench_decode(s, row, &Inputs::indexer); });
-      add(name + "step" + kind, [=](State& s) { bench_decode_step(s, row); });
+      add(core::concat("decode/", shape.name, "/indexer", kind),
+          [=](State& s) { bench_decode(s, row, &Inputs::indexer); });
+      add(core::concat("decode/", shape.name, "/step", kind),
+          [=](State& s) { bench_decode_step(s, row); });
     };
     add("decode/" + shape.name + "/attention",
         [=](State& s) { bench_decode(s, {shape, kRealLike, false}, &Inputs::sparse); });
