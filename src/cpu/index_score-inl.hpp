@@ -104,7 +104,7 @@ void few_rows_maxima(const T* block, std::int64_t token_stride, const IndexTile&
   for (std::int64_t r = 0; r < kRows; ++r) {
     const std::int64_t row = first_row + std::min(r, num_rows - 1);
     q[r] = scratch.q + row * padded_dim;
-    limit[r] = tile.position(row / p.num_kv_heads) + 1 - base;
+    limit[r] = std::min(tile.position(row / p.num_kv_heads) + 1 - base, num_tokens);
     highest[r] = hn::Set(d, -kInfinity);
   }
   for (std::int64_t first = 0; first < num_tokens; first += kVectors * n) {
