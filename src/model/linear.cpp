@@ -24,10 +24,11 @@ namespace {
 // Up to here a product is bound by reading the weights once, and expanding them would add a write
 // and a second read of twice the size.
 constexpr std::int64_t kMaxDirectTokens = 4;
-// Rows multiplied together share the reads of x and have kLanes independent sums each: 8 registers
-// of AVX-512. One row at a time takes 2.2 times as long where a row has 256 elements.
+// Rows multiplied together share the reads of x and have kLanes independent sums each, 8 registers
+// of AVX-512.
 constexpr std::int64_t kRows = 4;
 constexpr std::int64_t kLanes = 32;
+constexpr std::int64_t kSums = kLanes / 2;
 
 // Rows of weights expanded and multiplied at a time. dnnl_sgemm loses half of its speed or more on
 // narrower matrices, and nothing on these (measured for 5 to 512 tokens on AVX-512).
@@ -66,14 +67,14 @@ MSA_WIDE_CLONES void expand_f16(const std::uint16_t* source, std::int64_t count,
   for (std::int64_t i = 0; i < count; ++i) out[i] = F16::load(source[i]);
 }
 
-/// y[row] = x [count] * row `row` of weight, for some rows that lie `stride` elements apart.
+/// sums[row] = the products of x [count] and row `row` of weight, each added up in kSums lanes, for
+/// some rows that lie `stride` elements apart.
 template <class Format, std::int64_t kSome>
-[[gnu::always_inline]] inline void dot_some(const typename Format::Stored* weight,
-                                            std::int64_t stride, const float* x, std::int64_t count,
-                                            float* y) {
+[[gnu::always_inline]] inline void multiply_some(const typename Format::Stored* weight,
+                                                 std::int64_t stride, const float* x,
+                                                 std::int64_t count, float* sums) {
   float lanes[kSome][kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  for (std::int64_t i = 0; i + kLanes <= count; i += kLanes) {
     for (std::int64_t row = 0; row < kSome; ++row) {
       const typename Format::Stored* w = weight + row * stride + i;
       for (std::int64_t lane = 0; lane < kLanes; ++lane) {
@@ -82,26 +83,44 @@ template <class Format, std::int64_t kSome>
     }
   }
   for (std::int64_t row = 0; row < kSome; ++row) {
-    float sum = 0.0f;
-    for (std::int64_t j = i; j < count; ++j) sum += x[j] * Format::load(weight[row * stride + j]);
-    for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
-      for (std::int64_t lane = 0; lane < width; ++lane)
-        lanes[row][lane] += lanes[row][lane + width];
+    for (std::int64_t lane = 0; lane < kSums; ++lane) {
+      sums[row * kSums + lane] = lanes[row][lane] + lanes[row][lane + kSums];
     }
-    y[row] = sum + lanes[row][0];
   }
 }
 
+[[gnu::always_inline]] inline void add_pairs(const float* __restrict x, std::int64_t pairs,
+                                             float* __restrict out) {
+  for (std::int64_t i = 0; i < pairs; ++i) out[i] = x[2 * i] + x[2 * i + 1];
+}
+
+/// y[row] = x [count] * row `row` of weight, for up to kBandRows rows.
 template <class Format>
 [[gnu::always_inline]] inline void dot_rows(const void* weight, std::int64_t stride,
                                             std::int64_t rows, const float* x, std::int64_t count,
                                             float* y) {
   const auto* w = static_cast<const typename Format::Stored*>(weight);
+  // Lanes are added up for all rows at once: for each row by itself that takes longer than the
+  // products of 256 elements.
+  float sums[kBandRows * kSums];
+  float fewer[kBandRows * kSums / 2];
   std::int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
-    dot_some<Format, kRows>(w + row * stride, stride, x, count, y + row);
+    multiply_some<Format, kRows>(w + row * stride, stride, x, count, sums + row * kSums);
   }
-  for (; row < rows; ++row) dot_some<Format, 1>(w + row * stride, stride, x, count, y + row);
+  for (; row < rows; ++row) {
+    multiply_some<Format, 1>(w + row * stride, stride, x, count, sums + row * kSums);
+  }
+  static_assert(kSums == 16 && kLanes == 2 * kSums);
+  add_pairs(sums, rows * 8, fewer);
+  add_pairs(fewer, rows * 4, sums);
+  add_pairs(sums, rows * 2, fewer);
+  add_pairs(fewer, rows, y);
+  const std::int64_t done = count / kLanes * kLanes;
+  if (done == count) return;
+  for (row = 0; row < rows; ++row) {
+    for (std::int64_t i = done; i < count; ++i) y[row] += x[i] * Format::load(w[row * stride + i]);
+  }
 }
 
 using DotRows = void(const void* weight, std::int64_t stride, std::int64_t rows, const float* x,
