@@ -46,6 +46,8 @@ EXTERNAL = [
     (r"cblas\.h", ("bench",)),
     (r"gtest/|gmock/", ("tests",)),
     (r"benchmark/", ("bench",)),
+    (r"sys/mman\.h", ("src/core", "src/model", "tests", "bench")),  # madvise in core::HostBuffer
+    (r"malloc\.h", ("tests",)),  # glibc's mallinfo2()
     # POSIX
     (r"sys/|fcntl\.h|unistd\.h|signal\.h|dirent\.h|dlfcn\.h", ("src/model", "tools", "tests", "bench")),
 ]

@@ -1,221 +1,432 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU backend's operations against the FMA peak measured just before each: FLOP/s and
-// percent_of_peak are per second of CPU time, so of one core, whatever else runs on the machine.
-// Shapes: "m3" has 64 query and 4 KV heads, "small" 16 and 2; head_dim 128,
-// blocks of 128 tokens, top 16. A prefill row is one chunk of queries at the end of its context.
+// The CPU backend's operations against what the machine gives beside them: wall time on all threads
+// of the pool, and around each timing the FMA peak and the read bandwidth of the same threads.
+// Shapes: "m3" has 64 query and 4 KV heads, "small" 16 and 4; head_dim 128, blocks of 128 tokens,
+// top 16; queries f32 as in a model, caches bf16. docs/benchmarking.md says what each row is.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <ctime>
-#include <numeric>
-#include <random>
+#include <chrono>
+#include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "bench/selection.hpp"
-#include "core/scalar.hpp"
+#include "bench/op_inputs.hpp"
+#include "core/check.hpp"
 #include "core/tensor.hpp"
 #include "cpu/ceilings.hpp"
+#include "cpu/cpu.hpp"
+#include "msa/backend.hpp"
 #include "msa/msa.hpp"
 
 namespace msa::bench {
 namespace {
 
-using core::HostBuffer;
-using core::Tensor;
-
-struct Shape {
-  const char* name;
-  Problem problem;
-  std::int64_t batch_size;
-  std::int64_t seq_len_q;
-  std::int64_t seq_len_k;
-};
+using benchmark::Counter;
+using benchmark::State;
+using Clock = std::chrono::steady_clock;
 
 const Problem kM3{};
-const Problem kSmall{.num_q_heads = 16, .num_kv_heads = 2};
+const Problem kSmall{.num_q_heads = 16};
+constexpr Options kCpu{.backend = "cpu"};
 
-Tensor random_tensor(DType dtype, std::initializer_list<std::int64_t> shape, unsigned seed) {
-  Tensor tensor(dtype, shape);
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> table(4096);
-  for (float& value : table) value = normal(random);
-  for (std::int64_t i = 0; i < tensor.view().num_elements(); ++i) {
-    const float value = table[random() % table.size()];
-    if (dtype == DType::f32) {
-      tensor.data<float>()[i] = value;
-    } else {
-      tensor.data<std::uint16_t>()[i] = core::f32_to_bf16(value);
-    }
-  }
-  return tensor;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// The inputs of all operations: queries f32 as in a model, pages bf16 in random order.
-struct Inputs {
-  explicit Inputs(const Shape& shape)
-      : p(shape.problem),
-        total_q(shape.batch_size * shape.seq_len_q),
-        num_blocks((shape.seq_len_k + p.block_size - 1) / p.block_size),
-        seq_len_k(shape.seq_len_k),
-        seq_len_q(shape.seq_len_q),
-        batch_size(shape.batch_size),
-        page_table(DType::i32, {batch_size, num_blocks}),
-        seq_lens_k(DType::i32, {batch_size}) {
-    auto pages = page_table.span<std::int32_t>();
-    std::iota(pages.begin(), pages.end(), 0);
-    std::shuffle(pages.begin(), pages.end(), std::mt19937(5));
-    std::fill_n(seq_lens_k.data<std::int32_t>(), batch_size, static_cast<std::int32_t>(seq_len_k));
+cpu::MemoryStream& memory() {
+  static cpu::MemoryStream stream;
+  return stream;
+}
+
+double fma_gflops() {
+  const auto start = Clock::now();
+  return cpu::run_fma() / seconds_since(start) * 1e-9;
+}
+
+/// A timing's clock, and the best that the machine gave right before and right after it.
+class Beside {
+ public:
+  Beside() {
+    measure();
+    start_ = Clock::now();
+  }
+  /// Adds the rates of `work` per iteration, and their shares of the ceilings.
+  void finish(State& state, const Work& work) {
+    const double seconds = seconds_since(start_) / static_cast<double>(state.iterations());
+    measure();
+    const double gflops = work.flops / seconds * 1e-9;
+    const double gbytes = work.bytes / seconds * 1e-9;
+    state.counters["fma_peak_gflops"] = fma_;
+    state.counters["read_gbytes_per_s"] = read_;
+    state.counters["gflops"] = gflops;
+    state.counters["gbytes_per_s"] = gbytes;
+    state.counters["fraction_of_peak"] = gflops / fma_;
+    state.counters["fraction_of_bandwidth"] = gbytes / read_;
   }
 
-  Batch batch() const { return {.page_table = page_table, .seq_lens_k = seq_lens_k}; }
-  Tensor pages(std::int64_t heads, std::int64_t dim, unsigned seed) const {
-    return random_tensor(DType::bf16, {batch_size * num_blocks, heads, p.block_size, dim}, seed);
+ private:
+  void measure() {
+    constexpr double kSeconds = 0.06;
+    for (const auto start = Clock::now(); seconds_since(start) < kSeconds;) {
+      fma_ = std::max(fma_, fma_gflops());
+    }
+    for (const auto start = Clock::now(); seconds_since(start) < kSeconds;) {
+      read_ = std::max(read_, memory().read());
+    }
   }
-  /// Query-key pairs that causality leaves, per head.
-  double visible_pairs() const {
-    const auto n = static_cast<double>(seq_len_q);
-    const auto context = static_cast<double>(seq_len_k);
-    return static_cast<double>(batch_size) * (n * (context - n) + n * (n + 1.0) / 2.0);
-  }
-
-  Problem p;
-  std::int64_t total_q, num_blocks, seq_len_k, seq_len_q, batch_size;
-  Tensor page_table, seq_lens_k;
+  Clock::time_point start_;
+  double fma_ = 0.0, read_ = 0.0;
 };
 
-/// FLOP per second of process CPU time, summed over threads: the rate of one core.
-double fma_rate() {
-  const std::clock_t start = std::clock();
-  const double flops = cpu::run_fma();
-  return flops * CLOCKS_PER_SEC / static_cast<double>(std::clock() - start);
+struct Kept {
+  std::string name;
+  std::shared_ptr<void> inputs;
+};
+
+/// Inputs of the row that ran last, for its repetitions: the largest are gigabytes, so that only
+/// one row's are in memory. One name, one type.
+template <class Make>
+auto& kept(const std::string& name, const Make& make) {
+  static Kept last;
+  using T = decltype(make());
+  if (last.name != name) {
+    last = {};
+    last = {.name = name, .inputs = std::make_shared<T>(make())};
+  }
+  return *static_cast<T*>(last.inputs.get());
 }
 
 template <class Args>
-void run(benchmark::State& state, const Args& args, double flops) {
-  const auto plan = msa::plan(args, {.backend = "cpu"});
-  const HostBuffer workspace(plan.workspace_bytes());
-  double peak = 0.0;
-  for (int i = 0; i < 3; ++i) peak = std::max(peak, fma_rate());
-  for (auto _ : state) plan.run(args, workspace.span());
-  const double done = flops * static_cast<double>(state.iterations());
-  state.counters["FLOP/s"] = benchmark::Counter(done, benchmark::Counter::kIsRate);
-  state.counters["percent_of_peak"] =
-      benchmark::Counter(100.0 * done / peak, benchmark::Counter::kIsRate);
+void run_once(const Args& args, core::HostBuffer& workspace) {
+  const auto plan = msa::plan(args, kCpu);
+  if (workspace.size() < plan.workspace_bytes()) {
+    workspace = core::HostBuffer(plan.workspace_bytes());
+  }
+  plan.run(args, workspace.span());
 }
 
-void bench_fma_peak(benchmark::State& state) {
-  double done = 0.0;
-  for (auto _ : state) done += cpu::run_fma();
-  state.counters["FLOP/s"] = benchmark::Counter(done, benchmark::Counter::kIsRate);
+template <class Args>
+void time_op(State& state, const Op<Args>& op) {
+  const auto plan = msa::plan(op.args, kCpu);
+  const core::HostBuffer workspace(plan.workspace_bytes());
+  plan.run(op.args, workspace.span());
+  Beside beside;
+  for (auto _ : state) plan.run(op.args, workspace.span());
+  beside.finish(state, op.work);
 }
 
-void bench_indexer(benchmark::State& state, const Shape& shape) {
-  const Inputs in(shape);
-  const Tensor index_q =
-      random_tensor(DType::f32, {in.total_q, in.p.num_kv_heads, in.p.index_dim}, 1);
-  const Tensor index_k = in.pages(1, in.p.index_dim, 2);
-  const Tensor ids(DType::i32, {in.p.num_kv_heads, in.total_q, in.p.top_k});
-  run(state,
-      Indexer{.problem = in.p,
-              .batch = in.batch(),
-              .index_q = index_q,
-              .index_k = index_k,
-              .block_ids = ids},
-      2.0 * in.p.index_dim * in.p.num_kv_heads * in.visible_pairs());
+/// Ceilings are the best of a repetition: so are those beside the other rows.
+void bench_fma_peak(State& state) {
+  double best = 0.0;
+  for (auto _ : state) best = std::max(best, fma_gflops());
+  state.counters["gflops"] = best;
 }
 
-void bench_select(benchmark::State& state, const Shape& shape) {
-  const Inputs in(shape);
-  const Tensor scores =
-      random_tensor(DType::f32, {in.p.num_kv_heads, in.total_q, in.num_blocks}, 1);
-  const Tensor ids(DType::i32, {in.p.num_kv_heads, in.total_q, in.p.top_k});
-  const SelectTopK args{.problem = in.p,
-                        .batch = {.seq_lens_k = in.seq_lens_k},
-                        .block_scores = scores,
-                        .block_ids = ids};
-  const auto plan = msa::plan(args, {.backend = "cpu"});
-  const HostBuffer workspace(plan.workspace_bytes());
-  for (auto _ : state) plan.run(args, workspace.span());
-  const auto rows = static_cast<double>(in.p.num_kv_heads * in.total_q);
-  state.counters["rows/s"] = benchmark::Counter(rows * static_cast<double>(state.iterations()),
-                                                benchmark::Counter::kIsRate);
+template <class Pass>
+void bench_memory(State& state, const Pass& pass) {
+  double best = 0.0;
+  for (auto _ : state) best = std::max(best, pass());
+  state.counters["gbytes_per_s"] = best;
 }
 
-struct AttentionInputs : Inputs {
-  explicit AttentionInputs(const Shape& shape)
-      : Inputs(shape),
-        q(random_tensor(DType::f32, {total_q, p.num_q_heads, p.head_dim}, 1)),
-        k(pages(p.num_kv_heads, p.head_dim, 2)),
-        v(pages(p.num_kv_heads, p.head_dim, 3)),
-        out(DType::f32, {total_q, p.num_q_heads, p.head_dim}) {}
-  Tensor q, k, v, out;
+void bench_index_scores(State& state, const Shape& shape) {
+  auto& in = kept("index/" + shape.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_index(kRealLike);
+    inputs.add_scores();
+    inputs.add_ids();
+    return inputs;
+  });
+  time_op(state, in.index_scores());
+}
+
+/// Of the scores that the index branch gives.
+void bench_select(State& state, const Shape& shape) {
+  auto& in = kept("index/" + shape.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_index(kRealLike);
+    inputs.add_scores();
+    inputs.add_ids();
+    return inputs;
+  });
+  core::HostBuffer workspace;
+  run_once(in.index_scores().args, workspace);
+  time_op(state, in.select());
+}
+
+void bench_indexer(State& state, const Shape& shape, const SelectionFamily& family) {
+  auto& in = kept("indexer/" + shape.name + family.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_index(family);
+    inputs.add_ids();
+    return inputs;
+  });
+  time_op(state, in.indexer());
+  state.counters["overlap4"] = in.overlap4();
+}
+
+void bench_sparse(State& state, const Shape& shape, const SelectionFamily& family) {
+  auto& in = kept("sparse/" + shape.name + family.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_attention();
+    inputs.add_selection(family);
+    return inputs;
+  });
+  time_op(state, in.sparse());
+  state.counters["overlap4"] = in.overlap4();
+}
+
+void bench_dense(State& state, const Shape& shape) {
+  auto& in = kept("dense/" + shape.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_attention();
+    return inputs;
+  });
+  time_op(state, in.dense());
+}
+
+/// How a layer finds its blocks.
+enum class Layer { kDense, kTwoSteps, kFused };
+
+/// What one layer does between its projections while a prompt of shape.seq_len_k tokens passes
+/// through in chunks of shape.seq_len_q: append the new keys, select, attend. Every chunk runs; the
+/// selection is the indexer's own, of queries and keys that follow `family`.
+void bench_layer(State& state, const Shape& shape, Layer layer, const SelectionFamily& family) {
+  auto& in = kept("layer/" + shape.name + family.name, [&] {
+    Inputs inputs(shape);
+    inputs.add_attention();
+    inputs.add_index(family, shape.seq_len_k);
+    inputs.add_new_tokens();
+    inputs.add_scores();
+    inputs.add_ids();
+    return inputs;
+  });
+  core::HostBuffer workspace;
+  Work work;
+  double select_s = 0.0;
+  double attend_s = 0.0;
+  const auto timed = [&](auto op, double& seconds) {
+    const auto start = Clock::now();
+    run_once(op.args, workspace);
+    seconds += seconds_since(start);
+    return op.work;
+  };
+  const auto run_chunk = [&] {
+    double append_s = 0.0;
+    timed(in.append(), append_s);
+    Work done[2];
+    if (layer == Layer::kDense) {
+      done[0] = timed(in.dense(), attend_s);
+    } else {
+      if (layer == Layer::kFused) {
+        done[0] = timed(in.indexer(), select_s);
+      } else {
+        done[0] = timed(in.index_scores(), select_s);
+        timed(in.select(), select_s);
+      }
+      done[1] = timed(in.sparse(), attend_s);
+    }
+    for (const Work& part : done) {
+      work.flops += part.flops;
+      work.bytes += part.bytes;
+    }
+  };
+  Beside beside;
+  for (auto _ : state) {
+    work = {};
+    for (std::int64_t first = 0; first < shape.seq_len_k; first += shape.seq_len_q) {
+      in.move_to(first);
+      run_chunk();
+    }
+  }
+  beside.finish(state, work);
+  state.counters["select_seconds"] = Counter(select_s, Counter::kAvgIterations);
+  state.counters["attend_seconds"] = Counter(attend_s, Counter::kAvgIterations);
+  // Of the last chunk.
+  if (layer != Layer::kDense) state.counters["overlap4"] = in.overlap4();
+}
+
+/// Decode steps that take turns over kSequences caches, several times the last-level cache in all,
+/// so that every step reads from memory, as it does in a model of many layers. Attention finds
+/// the ids of the indexer, which has run once.
+class Decode {
+ public:
+  static constexpr std::int64_t kSequences = 8;
+  static constexpr std::int64_t kRounds = 8;  ///< different queries of each sequence
+
+  explicit Decode(const Shape& shape) {
+    const auto blocks = (shape.seq_len_k + shape.problem.block_size - 1) / shape.problem.block_size;
+    const auto cache = std::make_shared<Cache>(shape.problem, kSequences, blocks);
+    for (std::int64_t i = 0; i < kRounds * kSequences / shape.batch_size; ++i) {
+      Inputs in(shape, cache, i * shape.batch_size % kSequences, static_cast<unsigned>(100 * i));
+      in.add_index(kRealLike);
+      in.add_attention();
+      in.add_new_tokens();
+      in.add_ids();
+      core::HostBuffer workspace;
+      run_once(in.indexer().args, workspace);
+      steps_.push_back(std::move(in));
+    }
+  }
+
+  /// Ops of all steps, by one of the functions of Inputs.
+  template <class Args>
+  std::vector<Op<Args>> ops(Op<Args> (Inputs::*make)() const) const {
+    std::vector<Op<Args>> all;
+    for (const Inputs& in : steps_) all.push_back((in.*make)());
+    return all;
+  }
+
+ private:
+  std::vector<Inputs> steps_;
 };
 
-void bench_sparse(benchmark::State& state, const Shape& shape, const SelectionFamily& family) {
-  const AttentionInputs in(shape);
-  const Problem& p = in.p;
-  const Tensor ids(DType::i32, {p.num_kv_heads, in.total_q, p.top_k});
-  const std::int64_t row = in.seq_len_q * p.top_k;
-  double tokens = 0.0;  // attended, summed over queries and KV heads
-  for (std::int64_t b = 0; b < in.batch_size; ++b) {
-    const Selection selection =
-        make_selection(family, p, in.seq_len_q, in.seq_len_k, static_cast<std::uint64_t>(10 + b));
-    for (std::int64_t head = 0; head < p.num_kv_heads; ++head) {
-      const std::int32_t* from = selection.block_ids.data() + head * row;
-      std::copy_n(from, row, ids.data<std::int32_t>() + (head * in.batch_size + b) * row);
-      for (std::int64_t i = 0; i < row; ++i) {
-        const std::int64_t position = in.seq_len_k - in.seq_len_q + i / p.top_k;
-        if (from[i] < 0) continue;
-        tokens += static_cast<double>(
-            std::min<std::int64_t>(p.block_size, position + 1 - from[i] * p.block_size));
-      }
+/// One operation on the inputs of each step, with one plan, since shapes are the same.
+template <class Args>
+class Rotation {
+ public:
+  Rotation(const Decode& decode, Op<Args> (Inputs::*make)() const)
+      : ops_(decode.ops(make)),
+        plan_(msa::plan(ops_[0].args, kCpu)),
+        workspace_(plan_.workspace_bytes()) {}
+  void run(std::size_t step) const { plan_.run(ops_[step % ops_.size()].args, workspace_.span()); }
+  /// Mean of a step.
+  void add_work(Work& work) const {
+    for (const Op<Args>& op : ops_) {
+      work.flops += op.work.flops / static_cast<double>(ops_.size());
+      work.bytes += op.work.bytes / static_cast<double>(ops_.size());
     }
-    state.counters["overlap4"] = selection.overlap4;
   }
-  run(state,
-      SparseAttentionForward{.problem = p,
-                             .batch = in.batch(),
-                             .q = in.q,
-                             .k = in.k,
-                             .v = in.v,
-                             .block_ids = ids,
-                             .out = in.out},
-      4.0 * p.head_dim * p.group_size() * tokens);
+
+ private:
+  std::vector<Op<Args>> ops_;
+  Plan<Args> plan_;
+  core::HostBuffer workspace_;
+};
+
+Decode& decode_inputs(const Shape& shape) {
+  return kept("decode/" + shape.name, [&] { return Decode(shape); });
 }
 
-void bench_dense(benchmark::State& state, const Shape& shape) {
-  const AttentionInputs in(shape);
-  run(state,
-      DenseAttentionForward{
-          .problem = in.p, .batch = in.batch(), .q = in.q, .k = in.k, .v = in.v, .out = in.out},
-      4.0 * in.p.head_dim * in.p.num_q_heads * in.visible_pairs());
+template <class Run>
+void time_steps(State& state, const Work& work, const Run& run) {
+  Beside beside;
+  std::size_t step = 0;
+  for (auto _ : state) run(step++);
+  beside.finish(state, work);
+}
+
+template <class Args>
+void bench_decode(State& state, const Shape& shape, Op<Args> (Inputs::*make)() const) {
+  const Rotation<Args> rotation(decode_inputs(shape), make);
+  Work work;
+  rotation.add_work(work);
+  time_steps(state, work, [&](std::size_t step) { rotation.run(step); });
+}
+
+/// Append, indexer and attention on the blocks that the indexer took.
+void bench_decode_step(State& state, const Shape& shape) {
+  const Decode& decode = decode_inputs(shape);
+  const Rotation<AppendKv> append(decode, &Inputs::append);
+  const Rotation<Indexer> indexer(decode, &Inputs::indexer);
+  const Rotation<SparseAttentionForward> sparse(decode, &Inputs::sparse);
+  Work work;
+  append.add_work(work);
+  indexer.add_work(work);
+  sparse.add_work(work);
+  time_steps(state, work, [&](std::size_t step) {
+    append.run(step);
+    indexer.run(step);
+    sparse.run(step);
+  });
+}
+
+Shape model_shape(const char* name, const Problem& problem, std::int64_t batch_size,
+                  std::int64_t seq_len_q, std::int64_t seq_len_k) {
+  return {.name = name,
+          .problem = problem,
+          .batch_size = batch_size,
+          .seq_len_q = seq_len_q,
+          .seq_len_k = seq_len_k,
+          .activations = DType::f32};
+}
+
+template <class Function>
+auto* add(const std::string& name, Function function) {
+  return benchmark::RegisterBenchmark(name.c_str(), function)
+      ->Unit(benchmark::kMillisecond)
+      ->UseRealTime();
+}
+
+void add_ceilings() {
+  add("fma_peak", bench_fma_peak);
+  add("read_bandwidth", [](State& s) { bench_memory(s, [] { return memory().read(); }); });
+  add("copy_bandwidth", [](State& s) { bench_memory(s, [] { return memory().copy(); }); });
+}
+
+void add_operations() {
+  const Shape shapes[] = {
+      model_shape("m3/chunk512/32k", kM3, 1, 512, 32768),
+      model_shape("small/chunk512/32k", kSmall, 1, 512, 32768),
+      model_shape("m3/chunk512/8k", kM3, 1, 512, 8192),
+      model_shape("m3/decode/32k", kM3, 1, 1, 32768),
+      model_shape("small/decode/32k", kSmall, 1, 1, 32768),
+  };
+  for (const Shape& shape : shapes) {
+    add("index_scores/" + shape.name, [=](State& s) { bench_index_scores(s, shape); });
+    add("select_top_k/" + shape.name, [=](State& s) { bench_select(s, shape); });
+    for (const SelectionFamily& family : {kRealLike, kRandom}) {
+      add("indexer/" + shape.name + "/" + family.name,
+          [=](State& s) { bench_indexer(s, shape, family); });
+    }
+    for (const SelectionFamily& family : {kRealLike, kWeak, kRandom}) {
+      add("sparse/" + shape.name + "/" + family.name,
+          [=](State& s) { bench_sparse(s, shape, family); });
+    }
+    add("dense/" + shape.name, [=](State& s) { bench_dense(s, shape); });
+  }
+}
+
+void add_layers() {
+  for (const std::int64_t seq_len_k : {std::int64_t{4096}, std::int64_t{32768}}) {
+    const Shape shape = model_shape(seq_len_k == 4096 ? "m3/4k" : "m3/32k", kM3, 1, 512, seq_len_k);
+    const auto add_layer = [&](const std::string& name, Layer layer,
+                               const SelectionFamily& family) {
+      // Tens of seconds a run at 32K: one is enough to time.
+      add("layer/" + shape.name + name, [=](State& s) {
+        bench_layer(s, shape, layer, family);
+      })->Iterations(1);
+    };
+    add_layer("/msa/real-like", Layer::kTwoSteps, kRealLike);
+    add_layer("/msa_fused/real-like", Layer::kFused, kRealLike);
+    add_layer("/dense", Layer::kDense, kRealLike);
+    add_layer("/msa/random", Layer::kTwoSteps, kRandom);
+  }
+}
+
+void add_decode() {
+  for (const Shape& shape :
+       {model_shape("m3/b1/128k", kM3, 1, 1, 131072), model_shape("m3/b8/128k", kM3, 8, 1, 131072),
+        model_shape("small/b1/128k", kSmall, 1, 1, 131072),
+        model_shape("small/b8/128k", kSmall, 8, 1, 131072)}) {
+    const std::string name = "decode/" + shape.name;
+    add(name + "/indexer", [=](State& s) { bench_decode(s, shape, &Inputs::indexer); });
+    add(name + "/attention", [=](State& s) { bench_decode(s, shape, &Inputs::sparse); });
+    add(name + "/step", [=](State& s) { bench_decode_step(s, shape); });
+  }
 }
 
 [[maybe_unused]] const bool kRegistered = [] {
-  const auto add = [](const std::string& name, auto function) {
-    benchmark::RegisterBenchmark(name.c_str(), function)
-        ->Unit(benchmark::kMillisecond)
-        ->MeasureProcessCPUTime();
-  };
-  add("fma_peak", bench_fma_peak);
-  const Shape shapes[] = {
-      {"m3/chunk256/8k", kM3, 1, 256, 8192},         {"m3/chunk256/32k", kM3, 1, 256, 32768},
-      {"m3/decode/32k", kM3, 1, 1, 32768},           {"small/chunk512/8k", kSmall, 1, 512, 8192},
-      {"small/chunk512/32k", kSmall, 1, 512, 32768}, {"small/decode/32k", kSmall, 1, 1, 32768},
-  };
-  for (const Shape& shape : shapes) {
-    const std::string name = shape.name;
-    add("indexer/" + name, [shape](benchmark::State& s) { bench_indexer(s, shape); });
-    add("select_top_k/" + name, [shape](benchmark::State& s) { bench_select(s, shape); });
-    for (const SelectionFamily& family : {kRealLike, kRandom}) {
-      add("sparse/" + name + "/" + family.name,
-          [shape, family](benchmark::State& s) { bench_sparse(s, shape, family); });
-    }
-    add("dense/" + name, [shape](benchmark::State& s) { bench_dense(s, shape); });
-  }
+  benchmark::AddCustomContext("simd_target", cpu::simd_target());
+  benchmark::AddCustomContext("threads", std::to_string(num_threads()));
+  add_ceilings();
+  add_operations();
+  add_layers();
+  add_decode();
   return true;
 }();
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same MiniMax-M3 weights in msa.cpp and in llama.cpp, on this machine's CPU.
 
-    python3 bench/llama_cpp.py run      # measures, writes bench/results/cpu/llama_cpp-<date>.json, tables
-    python3 bench/llama_cpp.py tables   # the tables of bench/results/cpu from the newest files
+    python3 bench/llama_cpp.py run   # measures, writes bench/results/cpu/llama_cpp-<date>.json
+    python3 bench/tables.py          # the tables of all result files
 
 Needs build/release (with bench/run_tokens) and, the first time, a network: llama-cpp-python is
 compiled for this machine into a virtual environment under --work-dir (6 minutes on 2 cores). What is
@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 
-import prefill as tables
+import prefill
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIDE = ROOT / "bench" / "llama_cpp_side.py"
@@ -176,9 +176,9 @@ def time_programs(work, options, settings):
 def summary_of(reports, lengths):
     """Medians over the repeats; a repeat's decode time is the median over its tokens."""
     return {
-        "prefill": [{"tokens": n} | tables.median_and_spread([seconds_at(r, n) for r in reports])
+        "prefill": [{"tokens": n} | prefill.median_and_spread([seconds_at(r, n) for r in reports])
                     for n in lengths],
-        "decode": tables.median_and_spread([statistics.median(r["decode"]) for r in reports]),
+        "decode": prefill.median_and_spread([statistics.median(r["decode"]) for r in reports]),
         "peak_memory_bytes": max(r["peak_memory_bytes"] for r in reports),
     } | ({"parts": reports[-1]["parts"]} if "parts" in reports[-1] else {})
 
@@ -221,7 +221,7 @@ def measure(options):
         "decode_context": longest,
     } | {f"prefill_{shorten.get(n, n)}_ratio": r for n, r in prefill_ratios.items()} | {
         f"decode_{shorten.get(longest, longest)}_ratio": ratio(lambda p: p["decode"]["median"])}
-    path = options.output or tables.RESULTS / f"llama_cpp-{date}.json"
+    path = options.output or prefill.RESULTS / f"llama_cpp-{date}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
 
@@ -238,8 +238,7 @@ def version_of(work):
                           capture_output=True, text=True).stdout.strip()
 
 
-def section(report, name):
-    """For bench/results/cpu/README.md."""
+def comparison_table(report):
     ours = report["programs"]["msa.cpp"]
     theirs = {n: p for n, p in report["programs"].items() if n != "msa.cpp"}
 
@@ -254,38 +253,50 @@ def section(report, name):
     a, b = ours["decode"]["median"], fastest(lambda p: p["decode"]["median"])["decode"]["median"]
     lines.append(f"| decode at {report['decode_context']:,} tokens | {1e3 * a:.2f} ms/token "
                  f"| {1e3 * b:.2f} ms/token | {b / a:.1f}x |")
-    tried = [f"| {name_of(t)} | {t['prefill_seconds']:.2f} s | {1e3 * t['decode_seconds']:.2f} ms |"
-             for t in report["tried"]]
+    return "\n".join(lines)
+
+
+def caption(report, path):
+    theirs = [name for name in report["programs"] if name != "msa.cpp"]
     spread = max(100 * x["mad"] / x["median"] for p in report["programs"].values()
                  for x in [*p["prefill"], p["decode"]])
+    return (
+        f"{report['device']}, {report['threads']} threads each, {report['date']}; `{report['command']}` at commit "
+        f"`{report['commit'][:12]}`; medians of {report['repeats']}, median absolute deviation up to {spread:.0f}%. "
+        f"llama.cpp as in llama-cpp-python {report['llama_cpp']['version']}, compiled for this CPU, "
+        f"{' and '.join(name.removeprefix('llama.cpp, ') for name in theirs)}, f16 weights; msa.cpp with bf16 "
+        f"weights and cache. Model: {report['model']}. Data: `{path}`.")
+
+
+def summary_table(report, path):
+    return f"The same MiniMax-M3 weights in llama.cpp:\n\n{comparison_table(report)}\n\n{caption(report, path)}"
+
+
+def details(report, path):
+    tried = [f"| {name_of(t)} | {t['prefill_seconds']:.2f} s | {1e3 * t['decode_seconds']:.2f} ms |"
+             for t in report["tried"]]
     largest = max(c["max_difference_over_rms"] for c in report["checks"])
     seen = sum(c["same_likeliest_token"] for c in report["checks"])
     rows = sum(c["rows"] for c in report["checks"])
-    parts = ours["parts"]
+    parts = report["programs"]["msa.cpp"]["parts"]
     shares = "; ".join(
         phase + " " + ", ".join(f"{part} {100 * parts[phase][part] / parts[phase]['seconds']:.0f}%"
                                 for part in ("indexer", "selection", "attention", "rest"))
         for phase in ("prefill", "decode"))
     return "\n".join([
-        "## llama.cpp on the same weights", "",
-        f"{report['device']}, {report['date']}; `{report['command']}` at commit "
-        f"`{report['commit'][:12]}`; llama.cpp of llama-cpp-python {report['llama_cpp']['version']}, "
-        f"compiled for this CPU. Model: {report['model']}. msa.cpp: bf16 weights and cache; "
-        f"llama.cpp: f16 weights, measured with {' and '.join(n[11:] for n in theirs)}. Medians of "
-        f"{report['repeats']}, median absolute deviation up to {spread:.0f}%.", "",
-        *lines, "",
+        comparison_table(report), "", caption(report, path), "",
         f"Both compute the same model: in f32 the logits of {rows} tokens differ by at most "
         f"{100 * largest:.1g}% of their root mean square, and {seen} of {rows} likeliest tokens agree. "
         f"Our time: {shares}.", "",
         f"Settings of llama.cpp tried on {report['tried'][0]['prompt_tokens']:,} tokens. `dense` is "
         "another model: every layer attends everything, with and without flash attention.", "",
-        "| setting | prefill | decode |", "|---|---|---|", *tried, "", f"Data: `{name}`.", ""])
+        "| setting | prefill | decode |", "|---|---|---|", *tried])
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["setup", "check", "run", "tables"])
+    parser.add_argument("action", choices=["setup", "check", "run"])
     parser.add_argument("--work-dir", type=pathlib.Path, default=ROOT / "build" / "llama_cpp",
                         help="virtual environment, weights and logits")
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "release")
@@ -312,8 +323,6 @@ def main():
         check(options.work_dir.resolve(), options)
     elif options.action == "run":
         measure(options)
-    if options.action == "tables" or (options.action == "run" and not options.output):
-        tables.write_tables()
 
 
 if __name__ == "__main__":

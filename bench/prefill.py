@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill of examples/tiny_m3 with sparse and with dense attention at several prompt lengths.
 
-    python3 bench/prefill.py run      # measures, writes bench/results/cpu/prefill-<date>.json, then as below
-    python3 bench/prefill.py tables   # bench/results/cpu/README.md and README.md from the newest file
+    python3 bench/prefill.py run      # writes bench/results/cpu/prefill-<date>.json
+    python3 bench/tables.py           # the tables of all result files
 
 Runs msa at each length REPEATS times, sparse and dense in turn, so that both see the same machine; the
 table has medians, and the spread is kept in the file.
@@ -22,7 +22,6 @@ MSA = ROOT / "build" / "release" / "tools" / "msa"
 DOCUMENT = ROOT / "build" / "release" / "document.txt"
 LENGTHS = (8192, 16384, 32768)
 REPEATS = 3
-BEGIN, END = "<!-- measured: begin", "<!-- measured: end -->"
 
 
 def run_once(tokens):
@@ -142,42 +141,25 @@ def caption(report, path):
         f"{report['device']}, {report['date']}; `{report['command']}` at commit "
         f"`{report['commit'][:12]}`; medians of {report['repeats']}, median absolute deviation up to "
         f"{max(mads):.0f}%. FMA peak of the same run: {report['ceilings']['fma_gflops']:.0f} GFLOP/s. "
-        f"Two layers of 16 query / 2 KV heads, bf16. Data: `{path.relative_to(ROOT)}`."
+        f"Two layers of 16 query / 2 KV heads, bf16. Data: `{path}`."
     )
 
 
-def llama_cpp_section():
-    files = sorted(RESULTS.glob("llama_cpp-*.json"))
-    if not files:
-        return ""
-    import llama_cpp  # bench/llama_cpp.py, which imports this file
-
-    report = json.loads(files[-1].read_text())
-    return "\n" + llama_cpp.section(report, files[-1].relative_to(ROOT))
+def summary_table(report, path):
+    return f"{table(report)}\n\n{caption(report, path)}"
 
 
-def write_tables():
-    newest = sorted(RESULTS.glob("prefill-*.json"))[-1]
-    report = json.loads(newest.read_text())
+def details(report, path):
     first, last = report["rows"][0], report["rows"][-1]
     growth = [row["msa.prefill"]["attention"]["median"] / row["prompt_tokens"] for row in (first, last)]
-    (RESULTS / "README.md").write_text(
-        f"# Prefill on CPUs: MSA and dense\n\n{caption(report, newest)}\n\n{table(report)}\n\n"
+    return (
+        f"{table(report)}\n\n{caption(report, path)}\n\n"
         f"Attention per token at {last['prompt_tokens']:,} tokens is {growth[1] / growth[0]:.2f}x that "
-        f"at {first['prompt_tokens']:,}.\n\nWhere the time goes\n\n{shares(report)}\n"
-        f"{llama_cpp_section()}"
+        f"at {first['prompt_tokens']:,}.\n\nWhere the time goes\n\n{shares(report)}"
     )
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    begin, end = text.index(BEGIN), text.index(END)
-    begin = text.index("\n", begin) + 1
-    readme.write_text(f"{text[:begin]}{table(report)}\n\n{caption(report, newest)}\n{text[end:]}")
-    print(table(report))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["run"]:
-        measure()
-    elif sys.argv[1:] != ["tables"]:
+    if sys.argv[1:] != ["run"]:
         sys.exit(__doc__)
-    write_tables()
+    measure()

@@ -57,6 +57,7 @@ struct Case {
   Keys keys = Keys::ragged;
   Values values = Values::normal;
   Selection selection = Selection::indexer;
+  bool index_codes = false;  ///< Int8 codes beside the index keys; paged keys only.
   bool give_offsets = true;  ///< False: no cu_seqlens; equal query counts, ragged only as one.
   int row_gap = 3;           ///< Poisoned elements behind each row of each axis; 0: contiguous.
   std::uint32_t seed = 1;

@@ -104,10 +104,13 @@ int run_bench(const BenchOptions& options) {
   Json report = report_head("msa.bench/1");
   const cpu::Ceilings ceilings = cpu::measure_ceilings();
   report["ceilings"] = {{"fma_gflops", ceilings.fma_gflops},
-                        {"read_gbytes_per_s", ceilings.read_gbytes_per_s}};
+                        {"read_gbytes_per_s", ceilings.read_gbytes_per_s},
+                        {"copy_gbytes_per_s", ceilings.copy_gbytes_per_s}};
   report["rows"] = Json::array();
-  std::printf("%s\nceilings of this run: %.1f GFLOP/s (f32 FMA), %.1f GB/s (read)\n\n",
-              device_text().c_str(), ceilings.fma_gflops, ceilings.read_gbytes_per_s);
+  std::printf(
+      "%s\nceilings of this run: %.1f GFLOP/s (f32 FMA), %.1f GB/s (read), %.1f GB/s (copy)\n\n",
+      device_text().c_str(), ceilings.fma_gflops, ceilings.read_gbytes_per_s,
+      ceilings.copy_gbytes_per_s);
   std::printf("%-24s %-26s %-10s %10s %8s %9s %8s %10s\n", "op", "case", "backend", "time ms",
               "mad", "GFLOP/s", "GB/s", "% roofline");
   for (const BenchCase& bench_case : cases) {

@@ -112,6 +112,8 @@ typedef struct msa_indexer {
   msa_tensor index_q;
   msa_tensor index_k;
   msa_tensor block_ids;
+  msa_tensor index_k_codes; /* optional, with index_k_scales */
+  msa_tensor index_k_scales;
 } msa_indexer;
 
 typedef struct msa_sparse_attention_forward {
@@ -183,6 +185,8 @@ typedef struct msa_append_kv {
   msa_tensor k_pages;
   msa_tensor v_pages;
   msa_tensor index_k_pages;
+  msa_tensor index_k_codes_pages; /* optional, with index_k_scales_pages */
+  msa_tensor index_k_scales_pages;
 } msa_append_kv;
 
 /* A checked request bound to one implementation of one operation. */

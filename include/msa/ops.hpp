@@ -83,12 +83,19 @@ struct SelectTopK {
 };
 
 /// IndexerScores and SelectTopK in one; block scores are never stored for a whole prompt.
+///
+/// Paged keys may come with int8 codes (AppendKv writes them). A backend may then read the codes
+/// first and the keys only of blocks that the codes' error bound leaves open: about half the memory
+/// traffic of a decode step, and always the same selection.
 struct Indexer {
   Problem problem{};
   Batch batch{};
-  TensorView index_q{};    ///< [total_q, num_kv_heads, index_dim]
-  TensorView index_k{};    ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
-  TensorView block_ids{};  ///< i32 [num_kv_heads, total_q, top_k], ascending, then -1.
+  TensorView index_q{};        ///< [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};        ///< [total_k, 1, index_dim] or [num_pages, 1, block_size, index_dim]
+  TensorView index_k_codes{};  ///< i8 [num_pages, 1, block_size, index_dim]; optional.
+  TensorView index_k_scales{};  ///< bf16 [num_pages, 1, block_size, 2], with index_k_codes: scale c
+                                ///< and error e of each key, ||k - c codes||_2 <= e.
+  TensorView block_ids{};       ///< i32 [num_kv_heads, total_q, top_k], ascending, then -1.
 };
 
 /// Main Branch: exact softmax attention over the selected blocks (paper eq 8).
@@ -162,16 +169,24 @@ struct IndexerKlBackward {
 
 /// Writes the newest tokens of each sequence into its pages: token i of sequence b goes to position
 /// seq_lens_k[b] - seq_len_q + i. A token whose page id is out of range is dropped. Rows outside
-/// those positions are not touched. Each of the three (new, pages) pairs is optional.
+/// those positions are not touched. Each of the three (new, pages) pairs is optional. Where
+/// index_k_codes_pages is given, each new index key, as stored, is also coded in int8:
+/// c = the least bf16 >= max_d |k_d| / 127, codes = round(k / c), e = the least bf16 >=
+/// ||k - c codes||_2; a key with an element that is not finite or above 2^40 gets c = 0, codes 0,
+/// e = +inf.
 struct AppendKv {
   Problem problem{};
-  Batch batch{};               ///< page_table and seq_lens_k are required.
-  TensorView k{};              ///< [total_q, num_kv_heads, head_dim]
-  TensorView v{};              ///< [total_q, num_kv_heads, head_dim]
-  TensorView index_k{};        ///< [total_q, 1, index_dim]
-  TensorView k_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
-  TensorView v_pages{};        ///< [num_pages, num_kv_heads, block_size, head_dim]
-  TensorView index_k_pages{};  ///< [num_pages, 1, block_size, index_dim]
+  Batch batch{};                      ///< page_table and seq_lens_k are required.
+  TensorView k{};                     ///< [total_q, num_kv_heads, head_dim]
+  TensorView v{};                     ///< [total_q, num_kv_heads, head_dim]
+  TensorView index_k{};               ///< [total_q, 1, index_dim]
+  TensorView k_pages{};               ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView v_pages{};               ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView index_k_pages{};         ///< [num_pages, 1, block_size, index_dim]
+  TensorView index_k_codes_pages{};   ///< i8 [num_pages, 1, block_size, index_dim]; optional, with
+                                      ///< index_k.
+  TensorView index_k_scales_pages{};  ///< bf16 [num_pages, 1, block_size, 2]: (c, e); with
+                                      ///< index_k_codes_pages.
 };
 
 /// A CUDA stream (cudaStream_t) for device tensors; ignored for host tensors.

@@ -134,6 +134,8 @@ msa::Indexer to_cpp(const msa_indexer* given) {
           .batch = to_cpp(c.batch),
           .index_q = to_cpp(c.index_q, "index_q"),
           .index_k = to_cpp(c.index_k, "index_k"),
+          .index_k_codes = to_cpp(c.index_k_codes, "index_k_codes"),
+          .index_k_scales = to_cpp(c.index_k_scales, "index_k_scales"),
           .block_ids = to_cpp(c.block_ids, "block_ids")};
 }
 
@@ -205,7 +207,9 @@ msa::AppendKv to_cpp(const msa_append_kv* given) {
           .index_k = to_cpp(c.index_k, "index_k"),
           .k_pages = to_cpp(c.k_pages, "k_pages"),
           .v_pages = to_cpp(c.v_pages, "v_pages"),
-          .index_k_pages = to_cpp(c.index_k_pages, "index_k_pages")};
+          .index_k_pages = to_cpp(c.index_k_pages, "index_k_pages"),
+          .index_k_codes_pages = to_cpp(c.index_k_codes_pages, "index_k_codes_pages"),
+          .index_k_scales_pages = to_cpp(c.index_k_scales_pages, "index_k_scales_pages")};
 }
 
 template <class CArgs>

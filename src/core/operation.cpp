@@ -138,6 +138,23 @@ void check_ragged(const char* op, const Batch& batch) {
             ": page_table is given, but gradients are defined for ragged keys only");
 }
 
+/// The int8 codes of index keys, both tensors or neither.
+void check_codes(const char* op, const Problem& p, const char* codes_name, const TensorView& codes,
+                 const char* scales_name, const TensorView& scales, const char* keys_name,
+                 const TensorView& keys) {
+  MSA_CHECK(codes.given() == scales.given(), op, ": ", codes_name, " and ", scales_name,
+            " must be given together");
+  if (!codes.given()) return;
+  MSA_CHECK(keys.given(), op, ": ", codes_name, " is given without ", keys_name);
+  const Dim pages{"num_pages", keys.shape[0]};
+  const Dim heads{"index key heads", 1};
+  const Dim block_size{"block_size", p.block_size};
+  check_tensor(op, codes_name, codes, {DType::i8},
+               {pages, heads, block_size, {"index_dim", p.index_dim}});
+  check_tensor(op, scales_name, scales, {DType::bf16},
+               {pages, heads, block_size, {"scale and error", 2}});
+}
+
 template <class Args>
 void check_index_inputs(const char* op, const Args& args) {
   const Problem& p = args.problem;
@@ -179,6 +196,10 @@ void validate(const SelectTopK& args) {
 void validate(const Indexer& args) {
   const char* op = operation_name(args);
   check_index_inputs(op, args);
+  MSA_CHECK(!args.index_k_codes.given() || is_paged(args.batch), op,
+            ": index_k_codes is given, but keys without page_table have none");
+  check_codes(op, args.problem, "index_k_codes", args.index_k_codes, "index_k_scales",
+              args.index_k_scales, "index_k", args.index_k);
   check_block_ids(op, args.block_ids, args.problem, args.index_q.shape[0]);
   check_devices(op, args);
 }
@@ -268,6 +289,8 @@ void validate(const AppendKv& args) {
   check_pair("v", args.v, "v_pages", args.v_pages, kv_heads, {"head_dim", p.head_dim});
   check_pair("index_k", args.index_k, "index_k_pages", args.index_k_pages, {"index key heads", 1},
              {"index_dim", p.index_dim});
+  check_codes(op, p, "index_k_codes_pages", args.index_k_codes_pages, "index_k_scales_pages",
+              args.index_k_scales_pages, "index_k_pages", args.index_k_pages);
   check_batch(op, args.batch, tokens, true);
   check_devices(op, args);
 }

@@ -55,6 +55,8 @@ void for_each_tensor(const Indexer& args, Visit visit) {
   for_each_tensor(args.batch, visit);
   visit("index_q", args.index_q, Use::input);
   visit("index_k", args.index_k, Use::input);
+  visit("index_k_codes", args.index_k_codes, Use::input);
+  visit("index_k_scales", args.index_k_scales, Use::input);
   visit("block_ids", args.block_ids, Use::output);
 }
 
@@ -116,6 +118,8 @@ void for_each_tensor(const AppendKv& args, Visit visit) {
   visit("k_pages", args.k_pages, Use::output);
   visit("v_pages", args.v_pages, Use::output);
   visit("index_k_pages", args.index_k_pages, Use::output);
+  visit("index_k_codes_pages", args.index_k_codes_pages, Use::output);
+  visit("index_k_scales_pages", args.index_k_scales_pages, Use::output);
 }
 
 /// Throw Error(invalid_argument) naming the field, its shape and the expected one.

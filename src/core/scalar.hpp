@@ -169,4 +169,9 @@ void store_i32(const TensorView& view, std::int32_t value, Indices... indices) {
   std::memcpy(address_at(view, offset_of(view, indices...)), &value, sizeof(value));
 }
 
+template <class... Indices>
+void store_i8(const TensorView& view, std::int8_t value, Indices... indices) {
+  std::memcpy(address_at(view, offset_of(view, indices...)), &value, sizeof(value));
+}
+
 }  // namespace msa::core

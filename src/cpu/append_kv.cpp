@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
+#include "core/index_code.hpp"
 #include "core/scalar.hpp"
 #include "core/sequences.hpp"
 #include "cpu/support.hpp"
@@ -56,6 +57,30 @@ void append(const AppendKv& args, const core::Sequences& sequences, const Tensor
   });
 }
 
+/// Codes of the index keys that append() has written.
+void encode(const AppendKv& args, const core::Sequences& sequences) {
+  const std::int64_t block_size = args.problem.block_size;
+  const TensorView& pages = args.index_k_pages;
+  constexpr std::int64_t kTokens = 64;
+  core::parallel_for(core::ceil_div(args.index_k.shape[0], kTokens), [&](std::int64_t task, int) {
+    const std::int64_t end = std::min((task + 1) * kTokens, args.index_k.shape[0]);
+    for (std::int64_t token = task * kTokens; token < end; ++token) {
+      const core::Sequence sequence = sequences.of_query(token);
+      const std::int64_t position = sequence.position(token - sequence.q_begin);
+      if (position < 0) continue;
+      const std::int64_t page =
+          core::load_i32(args.batch.page_table, sequence.batch_idx, position / block_size);
+      if (page < 0 || page >= pages.shape[0]) continue;
+      const auto row_of = [&](const TensorView& view) {
+        return core::address_at(view, core::offset_of(view, page, 0, position % block_size));
+      };
+      core::encode_index_key(row_of(pages), pages.dtype, args.problem.index_dim,
+                             reinterpret_cast<std::int8_t*>(row_of(args.index_k_codes_pages)),
+                             reinterpret_cast<std::uint16_t*>(row_of(args.index_k_scales_pages)));
+    }
+  });
+}
+
 }  // namespace
 
 const detail::Implementation<AppendKv> kAppendKv = {
@@ -69,6 +94,7 @@ const detail::Implementation<AppendKv> kAppendKv = {
           append(args, sequences, args.k, args.k_pages);
           append(args, sequences, args.v, args.v_pages);
           append(args, sequences, args.index_k, args.index_k_pages);
+          if (args.index_k_codes_pages.given()) encode(args, sequences);
         }};
 
 }  // namespace msa::cpu

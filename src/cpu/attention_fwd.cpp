@@ -33,6 +33,9 @@ constexpr std::int32_t kNoBlock = std::numeric_limits<std::int32_t>::max();
 /// smaller L2 caches behind; half as many lose a quarter there (docs/kernels/cpu.md).
 constexpr std::int64_t kMaxRows = 512;
 
+/// Query heads that a thread takes of a group at least: the rows of a register tile.
+constexpr std::int64_t kMinHeads = 4;
+
 /// What both operations are; block_ids is not given for dense attention.
 struct AttentionRequest {
   const Problem& problem;
@@ -61,7 +64,7 @@ AttentionRequest request_of(const Args& args, const core::Sequences* sequences) 
           .sequences = sequences};
 }
 
-/// One worker's memory. Rows of a tile are (query, head of the group), heads fastest.
+/// One worker's memory. Rows of a tile are (query, query head), heads fastest.
 struct AttentionScratch {
   float* q;              ///< [rows][padded_dim], scaled
   float* o;              ///< [rows][padded_dim], not yet divided by sum
@@ -103,13 +106,19 @@ AttentionScratch lay_out(const Problem& p, core::WorkspaceLayout& layout) {
   return scratch;
 }
 
-/// Queries [first, first + count) of a sequence for one KV head.
+/// Queries [first, first + count) of a sequence for one KV head and query heads [first_head,
+/// first_head + num_heads) of its group.
 struct QueryTile {
   core::Sequence sequence;
   std::int64_t head;
+  std::int64_t first_head;
+  std::int64_t num_heads;
   std::int64_t first;
   std::int64_t count;
 
+  std::int64_t q_head(const Problem& p, std::int64_t row) const {
+    return head * p.group_size() + first_head + row % num_heads;
+  }
   std::int64_t position(std::int64_t query) const { return sequence.position(first + query); }
 };
 
@@ -131,7 +140,6 @@ void sort_ids(const AttentionRequest& request, const QueryTile& tile, std::int64
 std::int64_t list_rows(const AttentionRequest& request, const QueryTile& tile, std::int64_t block,
                        const AttentionScratch& scratch) {
   const Problem& p = request.problem;
-  const std::int64_t group = p.group_size();
   std::int64_t count = 0;
   for (std::int64_t query = 0; query < tile.count; ++query) {
     const std::int64_t visible = tile.position(query) + 1 - block * p.block_size;
@@ -141,8 +149,8 @@ std::int64_t list_rows(const AttentionRequest& request, const QueryTile& tile, s
       if (scratch.ids[query * (p.top_k + 1) + cursor] != block) continue;
       ++cursor;
     }
-    for (std::int64_t h = 0; h < group; ++h, ++count) {
-      scratch.row[count] = static_cast<std::int32_t>(query * group + h);
+    for (std::int64_t h = 0; h < tile.num_heads; ++h, ++count) {
+      scratch.row[count] = static_cast<std::int32_t>(query * tile.num_heads + h);
       scratch.limit[count] =
           static_cast<std::int32_t>(std::min<std::int64_t>(visible, p.block_size));
     }
@@ -325,13 +333,11 @@ void load_queries(const AttentionRequest& request, const QueryTile& tile,
                   const AttentionScratch& scratch) {
   const FloatTag d;
   const Problem& p = request.problem;
-  const std::int64_t group = p.group_size();
   const std::int64_t padded_dim = round_up(p.head_dim, kMaxLanes);
   const auto scale = hn::Set(d, request.scale);
-  for (std::int64_t row = 0; row < tile.count * group; ++row) {
-    const std::int64_t offset =
-        core::offset_of(request.q, tile.sequence.q_begin + tile.first + row / group,
-                        tile.head * group + row % group);
+  for (std::int64_t row = 0; row < tile.count * tile.num_heads; ++row) {
+    const std::int64_t query = tile.sequence.q_begin + tile.first + row / tile.num_heads;
+    const std::int64_t offset = core::offset_of(request.q, query, tile.q_head(p, row));
     float* const to = scratch.q + row * padded_dim;
     with_elements(request.q, offset, [&](const auto* from) { convert_row(from, p.head_dim, to); });
     for (std::int64_t i = 0; i < p.head_dim; i += lanes()) {
@@ -340,18 +346,17 @@ void load_queries(const AttentionRequest& request, const QueryTile& tile,
     scratch.maximum[row] = -kInfinity;
     scratch.sum[row] = 0.0f;
   }
-  std::fill_n(scratch.o, tile.count * group * padded_dim, 0.0f);
+  std::fill_n(scratch.o, tile.count * tile.num_heads * padded_dim, 0.0f);
 }
 
 void store_results(const AttentionRequest& request, const QueryTile& tile,
                    const AttentionScratch& scratch) {
   constexpr double kLn2 = 0.69314718055994530942;
   const Problem& p = request.problem;
-  const std::int64_t group = p.group_size();
   const std::int64_t padded_dim = round_up(p.head_dim, kMaxLanes);
-  for (std::int64_t row = 0; row < tile.count * group; ++row) {
-    const std::int64_t query = tile.sequence.q_begin + tile.first + row / group;
-    const std::int64_t head = tile.head * group + row % group;
+  for (std::int64_t row = 0; row < tile.count * tile.num_heads; ++row) {
+    const std::int64_t query = tile.sequence.q_begin + tile.first + row / tile.num_heads;
+    const std::int64_t head = tile.q_head(p, row);
     const float sum = scratch.sum[row];
     float* const o = scratch.o + row * padded_dim;
     if (sum == 0.0f) {
@@ -416,17 +421,35 @@ void run(const Args& args, std::span<std::byte> workspace, Stream) {
   const std::int64_t queries = std::clamp<std::int64_t>(
       total_q * heads / (4 * std::int64_t{num_threads()}), 1, max_queries_per_tile(args.problem));
   const std::int64_t num_tiles = core::ceil_div(total_q, queries);
-  for_each_item(num_tiles * heads, workspace, slice_bytes(args),
+  // Few queries (decode): threads also divide the query heads of a group. Each packs the blocks for
+  // itself, but no row's result depends on how many there are.
+  const std::int64_t group = args.problem.group_size();
+  const std::int64_t parts =
+      std::clamp<std::int64_t>(num_threads() / std::max<std::int64_t>(num_tiles * heads, 1), 1,
+                               core::ceil_div(group, kMinHeads));
+  const std::int64_t part_heads =
+      parts == 1 ? group : round_up(core::ceil_div(group, parts), kMinHeads);
+  const std::int64_t num_parts = core::ceil_div(group, part_heads);
+  for_each_item(num_tiles * heads * num_parts, workspace, slice_bytes(args),
                 [&](std::int64_t item, std::byte* memory) {
                   // The last queries see most keys: heavy items first.
-                  const std::int64_t begin = (num_tiles - 1 - item / heads) * queries;
+                  const std::int64_t head = item / num_parts % heads;
+                  const std::int64_t first_head = item % num_parts * part_heads;
+                  const std::int64_t begin = (num_tiles - 1 - item / (heads * num_parts)) * queries;
                   const std::int64_t end = std::min(begin + queries, total_q);
                   for (std::int64_t row = begin; row < end;) {
                     const core::Sequence sequence = sequences.of_query(row);
                     const std::int64_t first = row - sequence.q_begin;
                     const std::int64_t count = std::min(end - row, sequence.q_len - first);
                     HWY_DYNAMIC_DISPATCH(attend_tile)
-                    (request, {sequence, item % heads, first, count}, memory);
+                    (request,
+                     {.sequence = sequence,
+                      .head = head,
+                      .first_head = first_head,
+                      .num_heads = std::min(part_heads, group - first_head),
+                      .first = first,
+                      .count = count},
+                     memory);
                     row += count;
                   }
                 });

@@ -160,35 +160,39 @@ HWY_INLINE void split_pairs(hwy::float16_t, WordVector pairs, FloatVector& even,
   odd = load_vector(converted + kMaxLanes);
 }
 
+/// words[i] = bytes [4 i, 4 i + 4) of token j in lane j, for tokens `stride` bytes apart.
+HWY_INLINE void load_words(const std::byte* base, std::int64_t stride, WordVector (&words)[4]) {
+  const WordTag d;
+  const hn::Repartition<std::uint64_t, FloatTag> d64;
+  // Lane 4 i + j of row_j is token 4 i + j, so four by four inside each 128-bit piece.
+  const auto row0 = load_pieces(d, base, 4 * stride);
+  const auto row1 = load_pieces(d, base + stride, 4 * stride);
+  const auto row2 = load_pieces(d, base + 2 * stride, 4 * stride);
+  const auto row3 = load_pieces(d, base + 3 * stride, 4 * stride);
+  const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, row0, row1));
+  const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, row2, row3));
+  const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, row0, row1));
+  const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, row2, row3));
+  words[0] = hn::BitCast(d, hn::InterleaveLower(d64, low01, low23));
+  words[1] = hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23));
+  words[2] = hn::BitCast(d, hn::InterleaveLower(d64, high01, high23));
+  words[3] = hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23));
+}
+
 /// columns[i] = dimension i of token j in lane j, for i in [0, kPieceDims) and j in [0, lanes):
 /// the tokens' rows are `row` elements apart. 16-bit elements are transposed as pairs, so that half
 /// as much is moved, and converted last.
 template <class T>
 HWY_INLINE void load_columns(const T* from, std::int64_t row,
                              FloatVector (&columns)[kPieceDims<T>]) {
-  const FloatTag d;
-  const WordTag words;
-  const hn::Repartition<std::uint64_t, FloatTag> d64;
-  // Lane 4 i + j of row_j is token 4 i + j, so four by four inside each 128-bit piece.
-  const auto* const base = reinterpret_cast<const std::byte*>(from);
-  const std::int64_t bytes = row * static_cast<std::int64_t>(sizeof(T));
-  const auto row0 = load_pieces(words, base, 4 * bytes);
-  const auto row1 = load_pieces(words, base + bytes, 4 * bytes);
-  const auto row2 = load_pieces(words, base + 2 * bytes, 4 * bytes);
-  const auto row3 = load_pieces(words, base + 3 * bytes, 4 * bytes);
-  const auto low01 = hn::BitCast(d64, hn::InterleaveLower(words, row0, row1));
-  const auto low23 = hn::BitCast(d64, hn::InterleaveLower(words, row2, row3));
-  const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(words, row0, row1));
-  const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(words, row2, row3));
-  const WordVector word[4] = {hn::BitCast(words, hn::InterleaveLower(d64, low01, low23)),
-                              hn::BitCast(words, hn::InterleaveUpper(d64, low01, low23)),
-                              hn::BitCast(words, hn::InterleaveLower(d64, high01, high23)),
-                              hn::BitCast(words, hn::InterleaveUpper(d64, high01, high23))};
+  WordVector words[4];
+  load_words(reinterpret_cast<const std::byte*>(from), row * static_cast<std::int64_t>(sizeof(T)),
+             words);
   for (std::int64_t i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      columns[i] = hn::BitCast(d, word[i]);
+      columns[i] = hn::BitCast(FloatTag(), words[i]);
     } else {
-      split_pairs(T(), word[i], columns[2 * i], columns[2 * i + 1]);
+      split_pairs(T(), words[i], columns[2 * i], columns[2 * i + 1]);
     }
   }
 }

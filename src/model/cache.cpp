@@ -54,6 +54,11 @@ KvCache::KvCache(const Config& config, std::int64_t max_context, DType dtype, bo
   }
 }
 
+std::int64_t KvCache::table_bytes(const Config& config, std::int64_t max_context) {
+  const std::int64_t block_size = config.attention.block_size;
+  return 20 * ((max_context + block_size - 1) / block_size);
+}
+
 void KvCache::set_length(std::int64_t length) {
   if (length < pages_.length(sequence_)) pages_.truncate(sequence_, length);
   pages_.append(sequence_, length - pages_.length(sequence_));

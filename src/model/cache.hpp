@@ -36,6 +36,10 @@ class KvCache {
   /// `with_index`: sparse layers store index keys (not needed where every layer runs dense).
   KvCache(const Config& config, std::int64_t max_context, DType dtype, bool with_index);
 
+  /// Memory of its bookkeeping, beside the pages: 4 bytes per page of page_ids_ and up to 16 in
+  /// PagedKvCache, whose list of the sequence's pages grows by doubling.
+  static std::int64_t table_bytes(const Config& config, std::int64_t max_context);
+
   /// Makes the sequence `length` tokens long; its new positions hold anything until appended to.
   void set_length(std::int64_t length);
 

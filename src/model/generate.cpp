@@ -4,6 +4,8 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <fstream>
+#include <string>
 
 #include "core/check.hpp"
 
@@ -52,20 +54,31 @@ GenerateResult generate(Transformer& model, std::span<const std::int32_t> prompt
   MSA_CHECK(prompt_tokens > 0, "generate: the prompt has no tokens");
   MSA_CHECK(options.max_tokens >= 1, "generate: max_tokens is ", options.max_tokens,
             ", expected >= 1");
-  MSA_CHECK(options.max_tokens <= model.max_context() - prompt_tokens, "generate: ", prompt_tokens,
+  MSA_CHECK(options.fill_context >= 0, "generate: fill_context is ", options.fill_context,
+            ", expected >= 0");
+  const std::int64_t before = options.fill_context + prompt_tokens;
+  MSA_CHECK(options.max_tokens <= model.max_context() - before, "generate: ", before,
             " prompt tokens and max_tokens ", options.max_tokens, " need a context of ",
-            prompt_tokens + options.max_tokens, ", but max_context is ", model.max_context(),
+            before + options.max_tokens, ", but max_context is ", model.max_context(),
             " (the model's max_position_embeddings is ", model.config().max_position_embeddings,
             ")");
   model.reset();
+  model.fill_context(options.fill_context, options.sampling.seed, options.on_fill_progress);
   GenerateResult result{.prompt_tokens = prompt_tokens};
   result.finish_reason = continue_text(model, prompt, options, result.tokens);
   result.timings = model.timings();
+  result.cache_bytes = model.cache().bytes_in_use();
   result.peak_memory_bytes = peak_memory_bytes();
   return result;
 }
 
 std::int64_t peak_memory_bytes() {
+  // VmHWM is of this program; ru_maxrss also of the one that started it, before its exec.
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    std::int64_t kib = 0;
+    if (word == "VmHWM:" && status >> kib) return kib * 1024;
+  }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::int64_t>(usage.ru_maxrss) * 1024;

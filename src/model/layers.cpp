@@ -103,7 +103,11 @@ void rms_norm(std::span<const float> x, std::int64_t rows, std::span<const float
   });
 }
 
-RotaryEmbedding::RotaryEmbedding(std::int64_t rotary_dim, double theta) : half_(rotary_dim / 2) {
+RotaryEmbedding::RotaryEmbedding(std::int64_t rotary_dim, double theta, std::int64_t max_tokens)
+    : half_(rotary_dim / 2) {
+  frequencies_.reserve(static_cast<std::size_t>(half_));
+  cos_.reserve(static_cast<std::size_t>(max_tokens * half_));
+  sin_.reserve(static_cast<std::size_t>(max_tokens * half_));
   // Frequencies and angles are rounded to f32 because that is how the model was trained: at
   // position 10^6 the rounding of an angle is 0.03 rad, so more exact angles are different angles.
   for (std::int64_t i = 0; i < half_; ++i) {

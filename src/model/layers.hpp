@@ -22,7 +22,13 @@ void rms_norm(std::span<const float> x, std::int64_t rows, std::span<const float
 class RotaryEmbedding {
  public:
   RotaryEmbedding() = default;
-  RotaryEmbedding(std::int64_t rotary_dim, double theta);
+  /// With room for max_tokens positions at a time.
+  RotaryEmbedding(std::int64_t rotary_dim, double theta, std::int64_t max_tokens);
+
+  /// What the constructor allocates.
+  static std::int64_t bytes(std::int64_t rotary_dim, std::int64_t max_tokens) {
+    return static_cast<std::int64_t>(sizeof(float)) * (rotary_dim / 2) * (2 * max_tokens + 1);
+  }
 
   /// Makes the tables for positions [first, first + tokens).
   void prepare(std::int64_t first, std::int64_t tokens);

@@ -180,6 +180,9 @@ bool multiply_band(const TensorView& weight, const float* x, float* y, const Sha
                     row_stride, 0.0f, y + begin, shape.out) == dnnl_success;
 }
 
+/// Each thread's piece of the scratch starts on a cache line.
+std::int64_t whole_lines(std::int64_t floats) { return (floats + 15) / 16 * 16; }
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// Rows per task, from the weight alone: sgemm may add in another order on another width, and
@@ -203,11 +206,15 @@ void check(const Product& product, std::span<const float> x, std::int64_t tokens
 }  // namespace
 
 void LinearScratch::reserve(int num_threads, std::int64_t count) {
-  if (num_threads <= num_threads_ && count <= count_) return;
+  if (count == 0 || (num_threads <= num_threads_ && count <= count_)) return;
   num_threads_ = std::max(num_threads, num_threads_);
-  count_ = std::max((count + 15) / 16 * 16, count_);  // each piece starts on a cache line
+  count_ = std::max(whole_lines(count), count_);
   buffer_ = {};
-  buffer_ = core::HostBuffer(sizeof(float) * static_cast<std::size_t>(num_threads_ * count_));
+  buffer_ = core::HostBuffer(static_cast<std::size_t>(bytes(num_threads_, count_)));
+}
+
+std::int64_t LinearScratch::bytes(int num_threads, std::int64_t count) {
+  return static_cast<std::int64_t>(sizeof(float)) * num_threads * whole_lines(count);
 }
 
 float* LinearScratch::of(int thread) const {
@@ -234,6 +241,10 @@ void expand_to_f32(const std::byte* source, DType dtype, std::span<float> out) {
 
 void expand_row(const TensorView& matrix, std::int64_t row, std::span<float> out) {
   expand_to_f32(row_of(matrix, row), matrix.dtype, out);
+}
+
+std::int64_t linear_scratch(const TensorView& weight) {
+  return weight.dtype == DType::f32 ? 0 : kBandRows * weight.shape[1];
 }
 
 void linear(const TensorView& weight, std::span<const float> x, std::int64_t tokens,

@@ -19,12 +19,17 @@ class LinearScratch {
   /// One piece of `count` floats per thread.
   void reserve(int num_threads, std::int64_t count);
   float* of(int thread) const;
+  /// What reserve() allocates.
+  static std::int64_t bytes(int num_threads, std::int64_t count);
 
  private:
   core::HostBuffer buffer_;
   std::int64_t count_ = 0;
   int num_threads_ = 0;
 };
+
+/// Floats per thread of the scratch with which linear() takes any number of tokens.
+std::int64_t linear_scratch(const TensorView& weight);
 
 /// One of several products with the same x.
 struct Product {

@@ -8,6 +8,7 @@
 #include "model/config.hpp"
 #include "model/linear.hpp"
 #include "model/weights.hpp"
+#include "model/working_memory.hpp"
 
 namespace msa::model {
 
@@ -27,6 +28,9 @@ class Mlp {
  public:
   Mlp(const Config& config, std::int64_t max_tokens);
 
+  /// What the constructor allocates.
+  static WorkingMemory memory(const Config& config, std::int64_t max_tokens);
+
   /// out [tokens, hidden] = down(swiglu_oai(gate(x), up(x))), x [tokens, hidden].
   void run_dense(const MlpWeights& weights, std::span<const float> x, std::int64_t tokens,
                  std::span<float> out, LinearScratch& scratch);
@@ -38,6 +42,14 @@ class Mlp {
                std::span<float> out, LinearScratch& scratch);
 
  private:
+  struct Sizes {              // elements
+    std::int64_t wide = 0;    // gate_, up_
+    std::int64_t hidden = 0;  // gathered_, produced_
+    std::int64_t scores = 0;
+    std::int64_t experts = 0;
+    std::int64_t choices = 0;
+  };
+  static Sizes sizes_of(const Config& config, std::int64_t max_tokens);
   void run_expert(const MlpWeights& weights, std::span<const float> x,
                   std::span<const std::int64_t> slots, std::span<float> out,
                   LinearScratch& scratch);
@@ -47,14 +59,15 @@ class Mlp {
   double alpha_ = 0.0;
   double limit_ = 0.0;
   float routed_scale_ = 1.0f;
-  std::vector<float> gate_;            // [tokens, widest intermediate]
-  std::vector<float> up_;              // [tokens, widest intermediate]
-  std::vector<float> gathered_;        // [tokens, hidden]: an expert's inputs
-  std::vector<float> produced_;        // [tokens, hidden]: its outputs
-  std::vector<float> scores_;          // [tokens, num_experts]: sigmoids of the router's logits
-  std::vector<float> bias_;            // [num_experts]
-  std::vector<ExpertChoice> choices_;  // [tokens, num_chosen]
-  std::vector<std::vector<std::int64_t>> assigned_;  // per expert: indices into choices_
+  std::vector<float> gate_;             // [tokens, widest intermediate]
+  std::vector<float> up_;               // [tokens, widest intermediate]
+  std::vector<float> gathered_;         // [tokens, hidden]: an expert's inputs
+  std::vector<float> produced_;         // [tokens, hidden]: its outputs
+  std::vector<float> scores_;           // [tokens, num_experts]: sigmoids of the router's logits
+  std::vector<float> bias_;             // [num_experts]
+  std::vector<ExpertChoice> choices_;   // [tokens, num_chosen]
+  std::vector<std::int64_t> assigned_;  // [tokens * num_chosen]: indices into choices_, by expert
+  std::vector<std::int64_t> expert_begin_;  // [num_experts]: where its part of assigned_ begins
 };
 
 }  // namespace msa::model

@@ -7,6 +7,7 @@
 #include "core/check.hpp"
 #include "model/layers.hpp"
 #include "model/linear.hpp"
+#include "msa/backend.hpp"
 
 namespace msa::model {
 namespace {
@@ -33,15 +34,61 @@ DType default_cache_dtype(const Weights& weights) {
   return weights.embed_tokens.dtype == DType::f32 ? DType::f32 : DType::bf16;
 }
 
+/// What linear() asks of its scratch for the widest matrix that has to be expanded.
+std::int64_t largest_scratch(const Weights& weights) {
+  std::int64_t largest = linear_scratch(weights.lm_head);
+  const auto consider = [&](const TensorView& matrix) {
+    if (matrix.given()) largest = std::max(largest, linear_scratch(matrix));
+  };
+  const auto consider_mlp = [&](const MlpWeights& mlp) {
+    for (const TensorView* matrix : {&mlp.gate, &mlp.up, &mlp.down}) consider(*matrix);
+  };
+  for (const LayerWeights& layer : weights.layers) {
+    for (const TensorView* matrix : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj,
+                                     &layer.index_q_proj, &layer.index_k_proj, &layer.moe.router}) {
+      consider(*matrix);
+    }
+    consider_mlp(layer.mlp);
+    consider_mlp(layer.moe.shared);
+    for (const MlpWeights& expert : layer.moe.experts) consider_mlp(expert);
+  }
+  return largest;
+}
+
 }  // namespace
 
+AttentionOptions Transformer::resolve(const Config& config, const Weights& weights,
+                                      const RuntimeOptions& options) {
+  const std::int64_t max_context = context_of(config, weights, options);
+  return {.max_context = max_context,
+          .max_tokens = std::min(options.chunk_tokens, max_context),
+          .mode = options.attention,
+          .cache_dtype = options.cache_dtype.value_or(default_cache_dtype(weights)),
+          .max_score_bytes = options.max_score_bytes};
+}
+
+WorkingMemory Transformer::memory(const Config& config, const Weights& weights,
+                                  const AttentionOptions& options) {
+  constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
+  const WorkingMemory attention = Attention::memory(config, options);
+  const WorkingMemory mlp = Mlp::memory(config, options.max_tokens);
+  WorkingMemory memory = attention;
+  memory.activations +=
+      mlp.activations + kFloat * (3 * options.max_tokens * config.hidden_size + config.vocab_size);
+  memory.expanded_weights = LinearScratch::bytes(num_threads(), largest_scratch(weights));
+  memory.tables += mlp.tables + kFloat * (2 * config.num_layers + 1) * config.hidden_size;
+  return memory;
+}
+
 Transformer::Transformer(Config config, Weights weights, const RuntimeOptions& options)
+    : Transformer(resolve(config, weights, options), std::move(config), std::move(weights)) {}
+
+Transformer::Transformer(const AttentionOptions& options, Config&& config, Weights&& weights)
     : config_(std::move(config)),
       weights_(std::move(weights)),
-      max_context_(context_of(config_, weights_, options)),
-      chunk_tokens_(std::min(options.chunk_tokens, max_context_)),
-      attention_(config_, weights_, max_context_, chunk_tokens_, options.attention,
-                 options.cache_dtype.value_or(default_cache_dtype(weights_))),
+      max_context_(options.max_context),
+      chunk_tokens_(options.max_tokens),
+      attention_(config_, weights_, options),
       mlp_(config_, chunk_tokens_),
       final_norm_(norm_scale(weights_.final_norm)),
       hidden_(size(chunk_tokens_ * config_.hidden_size)),
@@ -50,6 +97,25 @@ Transformer::Transformer(Config config, Weights weights, const RuntimeOptions& o
   for (const LayerWeights& layer : weights_.layers) {
     input_norms_.push_back(norm_scale(layer.input_norm));
     post_attention_norms_.push_back(norm_scale(layer.post_attention_norm));
+  }
+  logits_.reserve(size(config_.vocab_size));
+  scratch_.reserve(num_threads(), largest_scratch(weights_));
+}
+
+void Transformer::fill_context(
+    std::int64_t tokens, std::uint64_t seed,
+    const std::function<void(std::int64_t done, std::int64_t total)>& on_chunk) {
+  MSA_CHECK(tokens >= 0 && tokens <= max_context_ - position_, "Transformer: ", position_,
+            " tokens of context can't be filled with ", tokens, " more, max_context is ",
+            max_context_);
+  for (std::int64_t done = 0; done < tokens;) {
+    const std::int64_t count =
+        attention_.chunk_limit(position_, std::min(chunk_tokens_, tokens - done));
+    attention_.begin_chunk(position_, count);
+    attention_.fill_chunk(seed + static_cast<std::uint64_t>(position_));
+    position_ += count;
+    done += count;
+    if (on_chunk) on_chunk(done, tokens);
   }
 }
 

@@ -22,6 +22,8 @@ struct RuntimeOptions {
   AttentionMode attention = AttentionMode::msa;
   std::optional<DType>
       cache_dtype{};  ///< f32, f16 or bf16; not given: f32 for f32 weights, else bf16.
+  /// Bound of the block scores, the one buffer that grows with the context.
+  std::int64_t max_score_bytes = AttentionOptions{}.max_score_bytes;
 };
 
 struct ForwardOptions {
@@ -45,6 +47,21 @@ class Transformer {
   /// anything where they don't fit into the context or are no tokens of the vocabulary.
   ForwardResult forward(std::span<const std::int32_t> tokens, const ForwardOptions& options = {});
 
+  /// Puts `tokens` tokens of random keys and values into the context without computing anything:
+  /// for timing what comes after a long context. No token was read, so logits mean nothing then.
+  void fill_context(
+      std::int64_t tokens, std::uint64_t seed,
+      const std::function<void(std::int64_t done, std::int64_t total)>& on_chunk = {});
+
+  /// What the constructor allocates beside the cache's pages, with the options resolved by
+  /// plan_memory(); forward() allocates more only for logits of more rows than one.
+  static WorkingMemory memory(const Config& config, const Weights& weights,
+                              const AttentionOptions& options);
+  /// `options` with its defaults filled in. Throws Error(invalid_argument) for what the model or
+  /// the checkpoint can't do.
+  static AttentionOptions resolve(const Config& config, const Weights& weights,
+                                  const RuntimeOptions& options);
+
   /// Forgets the context and the timings.
   void reset();
 
@@ -60,6 +77,7 @@ class Transformer {
   const Timings& timings() const { return timings_; }
 
  private:
+  Transformer(const AttentionOptions& options, Config&& config, Weights&& weights);
   bool run_chunk(std::span<const std::int32_t> tokens, const std::atomic<bool>* cancel,
                  PhaseTimes& times);
   void run_head(std::span<const std::int64_t> rows, std::int64_t chunk_begin,

@@ -67,10 +67,12 @@ TEST(AbiLayout, Operations) {
   EXPECT_EQ(sizeof(msa_select_top_k), 232u);
   expect_layout(
       {{{FIELD(msa_select_top_k, block_scores)}, 24}, {{FIELD(msa_select_top_k, block_ids)}, 128}});
-  EXPECT_EQ(sizeof(msa_indexer), 336u);
+  EXPECT_EQ(sizeof(msa_indexer), 544u);
   expect_layout({{{FIELD(msa_indexer, index_q)}, 24},
                  {{FIELD(msa_indexer, index_k)}, 128},
-                 {{FIELD(msa_indexer, block_ids)}, 232}});
+                 {{FIELD(msa_indexer, block_ids)}, 232},
+                 {{FIELD(msa_indexer, index_k_codes)}, 336},
+                 {{FIELD(msa_indexer, index_k_scales)}, 440}});
   EXPECT_EQ(sizeof(msa_sparse_attention_forward), 656u);
   expect_layout({{{FIELD(msa_sparse_attention_forward, q)}, 24},
                  {{FIELD(msa_sparse_attention_forward, k)}, 128},
@@ -102,13 +104,15 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_indexer_kl_backward, loss)}, 560},
                  {{FIELD(msa_indexer_kl_backward, dindex_q)}, 664},
                  {{FIELD(msa_indexer_kl_backward, dindex_k)}, 768}});
-  EXPECT_EQ(sizeof(msa_append_kv), 648u);
+  EXPECT_EQ(sizeof(msa_append_kv), 856u);
   expect_layout({{{FIELD(msa_append_kv, k)}, 24},
                  {{FIELD(msa_append_kv, v)}, 128},
                  {{FIELD(msa_append_kv, index_k)}, 232},
                  {{FIELD(msa_append_kv, k_pages)}, 336},
                  {{FIELD(msa_append_kv, v_pages)}, 440},
-                 {{FIELD(msa_append_kv, index_k_pages)}, 544}});
+                 {{FIELD(msa_append_kv, index_k_pages)}, 544},
+                 {{FIELD(msa_append_kv, index_k_codes_pages)}, 648},
+                 {{FIELD(msa_append_kv, index_k_scales_pages)}, 752}});
 }
 
 TEST(AbiLayout, Enumerators) {

@@ -106,6 +106,40 @@ TEST(CpuInvariance, ThreadCount) {
   }
 }
 
+/// With more threads than KV heads, threads divide blocks (index) and the heads of a group.
+TEST(CpuInvariance, MoreThreadsThanHeads) {
+  for (const int group : {16, 11, 4}) {
+    Inputs inputs({.name = "decode",
+                   .problem = {.num_q_heads = group, .num_kv_heads = 1, .block_size = 16},
+                   .dtype = DType::bf16,
+                   .sequences = {{1, 700}},
+                   .keys = Keys::paged,
+                   .index_codes = true});
+    const auto results = [&](int threads) {
+      const Threads restore(threads);
+      std::vector<double> values;
+      auto sparse = inputs.args<SparseAttentionForward>();
+      const Outputs sparse_outputs(inputs, sparse);
+      run(sparse);
+      auto dense = inputs.args<DenseAttentionForward>();
+      const Outputs dense_outputs(inputs, dense);
+      run(dense);
+      auto index = inputs.args<Indexer>();
+      const Outputs index_outputs(inputs, index);
+      run(index);
+      for (const TensorView& view :
+           {sparse.out, sparse.lse, dense.out, dense.lse, index.block_ids}) {
+        for (const double value : values_of(view)) values.push_back(value);
+      }
+      return values;
+    };
+    const std::vector<double> expected = results(1);
+    for (const int threads : {2, 3, 5, 16}) {
+      EXPECT_EQ(results(threads), expected) << "group " << group << ", " << threads << " threads";
+    }
+  }
+}
+
 TEST(CpuInvariance, TwentyRepeats) {
   Inputs inputs(many_tiles(Keys::paged));
   expect_same_bits_when_repeated<IndexerScores>(inputs);

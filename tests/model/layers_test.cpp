@@ -52,7 +52,7 @@ TEST(Layers, NormOfZerosIsZero) {
 TEST(Layers, RotationTurnsPairsOfHalvesAndLeavesTheRest) {
   const std::int64_t rotary_dim = 8;
   const double theta = 5e6;
-  model::RotaryEmbedding rope(rotary_dim, theta);
+  model::RotaryEmbedding rope(rotary_dim, theta, 16);
   test::Uniform uniform(2);
   for (std::int64_t first : {0, 1000, 1048570}) {
     rope.prepare(first, 5);
@@ -82,7 +82,7 @@ TEST(Layers, HeadsAreNormalisedThenRotated) {
   const core::Tensor weight(DType::f32, {12});
   test::fill(weight, uniform, 0.5);
   const std::vector<float> scale = model::norm_scale(weight);
-  model::RotaryEmbedding rope(8, 100.0);
+  model::RotaryEmbedding rope(8, 100.0, 16);
   rope.prepare(7, 4);
   std::vector<float> heads = test::random_vector(4 * 3 * 12, uniform);
   std::vector<float> expected = heads;

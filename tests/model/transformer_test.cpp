@@ -284,8 +284,7 @@ TEST_F(TransformerContract, LongContextsGetShorterChunks) {
   config_.max_position_embeddings = 1 << 20;
   config_.attention.num_kv_heads = 2;
   // 65536 blocks of 16 tokens make rows of 512 KiB for 2 heads: 128 of them are 64 MiB.
-  const model::Attention attention(config_, weights_, 1 << 20, 512, AttentionMode::msa,
-                                   DType::bf16);
+  const model::Attention attention(config_, weights_, {.max_context = 1 << 20, .max_tokens = 512});
   EXPECT_EQ(attention.chunk_limit(0, 512), 512);
   EXPECT_EQ(attention.chunk_limit((1 << 20) - 512, 512), 128);
   EXPECT_EQ(attention.chunk_limit((1 << 20) - 3, 3), 3);

@@ -7,6 +7,7 @@
 #include <numbers>
 #include <numeric>
 
+#include "core/index_code.hpp"
 #include "core/sequences.hpp"
 #include "reference/reference.hpp"
 
@@ -51,6 +52,7 @@ Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed)
   make_keys();
   make_queries();
   plant_special_values();
+  make_index_codes();
   make_block_scores();
   make_block_ids();
   for_each_tensor([](const char*, GuardedTensor& tensor) { tensor.seal(); });
@@ -158,6 +160,30 @@ void Inputs::make_keys() {
   k = keys_tensor(p.num_kv_heads, p.head_dim);
   v = keys_tensor(p.num_kv_heads, p.head_dim);
   index_k = keys_tensor(1, p.index_dim);
+}
+
+/// Codes of every key that a sequence has; NaN scales and errors elsewhere.
+void Inputs::make_index_codes() {
+  if (!spec.index_codes) return;
+  const std::int64_t block_size = spec.problem.block_size;
+  const std::int64_t dim = spec.problem.index_dim;
+  index_k_codes = GuardedTensor(DType::i8, {num_pages_, 1, block_size, dim}, spec.row_gap,
+                                GuardedTensor::kPoison);
+  index_k_scales = GuardedTensor(DType::bf16, {num_pages_, 1, block_size, 2}, spec.row_gap,
+                                 GuardedTensor::kPoison);
+  const auto at = [&](const GuardedTensor& tensor, std::int64_t page, std::int64_t token) {
+    return core::address_at(tensor, core::offset_of(tensor.view(), page, 0, token));
+  };
+  for (std::size_t b = 0; b < spec.sequences.size(); ++b) {
+    for (std::int64_t j = 0; j < spec.sequences[b].k; ++j) {
+      const std::int32_t page = core::load_i32(page_table.view(), b, j / block_size);
+      if (page < 0 || page >= num_pages_) continue;
+      core::encode_index_key(
+          at(index_k, page, j % block_size), spec.dtype, dim,
+          reinterpret_cast<std::int8_t*>(at(index_k_codes, page, j % block_size)),
+          reinterpret_cast<std::uint16_t*>(at(index_k_scales, page, j % block_size)));
+    }
+  }
 }
 
 void Inputs::make_queries() {
@@ -301,6 +327,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("v", v);
   visit("index_q", index_q);
   visit("index_k", index_k);
+  visit("index_k_codes", index_k_codes);
+  visit("index_k_scales", index_k_scales);
   visit("block_scores", block_scores);
   visit("block_ids", block_ids);
   visit("dout", dout);
@@ -333,7 +361,12 @@ SelectTopK Inputs::args() {
 }
 template <>
 Indexer Inputs::args() {
-  return {.problem = spec.problem, .batch = batch, .index_q = index_q, .index_k = index_k};
+  return {.problem = spec.problem,
+          .batch = batch,
+          .index_q = index_q,
+          .index_k = index_k,
+          .index_k_codes = index_k_codes,
+          .index_k_scales = index_k_scales};
 }
 template <>
 SparseAttentionForward Inputs::args() {
@@ -409,6 +442,10 @@ Outputs::Outputs(const Inputs& inputs, Args& args, bool wide) {
     copy("k_pages", args.k_pages, inputs.k);
     copy("v_pages", args.v_pages, inputs.v);
     copy("index_k_pages", args.index_k_pages, inputs.index_k);
+    if (spec.index_codes) {
+      copy("index_k_codes_pages", args.index_k_codes_pages, inputs.index_k_codes);
+      copy("index_k_scales_pages", args.index_k_scales_pages, inputs.index_k_scales);
+    }
   } else if constexpr (requires { args.dq; }) {
     add_like("dq", args.dq, args.q);
     add_like("dk", args.dk, args.k);

@@ -34,11 +34,12 @@ class Inputs {
   Case spec;
   Batch batch{};
   GuardedTensor cu_seqlens_q, cu_seqlens_k, page_table, seq_lens_k;
-  GuardedTensor q;             ///< [total_q, num_q_heads, head_dim]
-  GuardedTensor k, v;          ///< ragged or paged
-  GuardedTensor index_q;       ///< [total_q, num_kv_heads, index_dim]
-  GuardedTensor index_k;       ///< ragged or paged
-  GuardedTensor block_scores;  ///< What no selection may read is +inf.
+  GuardedTensor q;                              ///< [total_q, num_q_heads, head_dim]
+  GuardedTensor k, v;                           ///< ragged or paged
+  GuardedTensor index_q;                        ///< [total_q, num_kv_heads, index_dim]
+  GuardedTensor index_k;                        ///< ragged or paged
+  GuardedTensor index_k_codes, index_k_scales;  ///< of index_k, where spec.index_codes
+  GuardedTensor block_scores;                   ///< What no selection may read is +inf.
   GuardedTensor block_ids;
   GuardedTensor dout;
   GuardedTensor out, lse;  ///< The reference's; made when SparseAttentionBackward is asked for.
@@ -50,6 +51,7 @@ class Inputs {
  private:
   void make_batch();
   void make_keys();
+  void make_index_codes();
   void make_queries();
   void plant_special_values();
   void make_block_scores();

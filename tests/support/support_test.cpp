@@ -32,7 +32,7 @@ TEST(Cases, HaveDistinctNamesAndPrintThemselves) {
             ".index_dim = 64, .block_size = 16, .top_k = 4, .num_init_blocks = 0, "
             ".num_local_blocks = 1}, .dtype = DType::f32, .sequences = {{1, 2}, {0, 0}}, .keys = "
             "Keys::paged, .values = Values::normal, .selection = Selection::indexer, "
-            ".give_offsets = true, .row_gap = 3, .seed = 1}");
+            ".index_codes = false, .give_offsets = true, .row_gap = 3, .seed = 1}");
 }
 
 TEST(GuardedTensor, FindsEveryWriteOutsideItsElements) {

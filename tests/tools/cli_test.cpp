@@ -201,6 +201,54 @@ TEST_F(Cli, RunContinuesAPromptWithBothAttentions) {
   EXPECT_EQ(json["runs"][0]["tokens"], json["runs"][1]["tokens"]);
 }
 
+TEST_F(Cli, DryRunPrintsTheMemoryOfARun) {
+  const Result result = msa({"run", "--model", kModel, "--dry-run", "--context", "131072",
+                             "--attention", "both", "--json", path("dry.json")});
+  ASSERT_EQ(result.status, 0) << result.errors;
+  // 131072 tokens x 2 heads x 128 x 2 bytes in each of 2 layers
+  EXPECT_TRUE(has(result.output, "2 sparse layers: K                   128.00 MiB"));
+  EXPECT_TRUE(has(result.output, "working memory"));
+  const nlohmann::json json = report("dry.json");
+  expect_head(json, "msa.dry_run/1");
+  ASSERT_EQ(json.at("plans").size(), 2u);
+  const nlohmann::json& sparse = json.at("plans")[0];
+  // Both are of the file: its tensors and, before them, the length and the header.
+  std::ifstream file(kModel + "/model.safetensors", std::ios::binary);
+  std::uint64_t header = 0;
+  file.read(reinterpret_cast<char*>(&header), sizeof(header));
+  EXPECT_EQ(sparse.at("weight_bytes"),
+            std::filesystem::file_size(kModel + "/model.safetensors") - 8 - header);
+  EXPECT_EQ(sparse.at("cache_bytes"), 131072 * 2 * (2 * 2 * 128 + 128) * 2);
+  EXPECT_EQ(json.at("plans")[1].at("caches")[0].at("index_k_bytes"), 0);
+  std::int64_t sum = 0;
+  for (const auto& part : sparse.at("working")) sum += part.get<std::int64_t>();
+  EXPECT_EQ(sparse.at("working_bytes"), sum);
+  EXPECT_TRUE(
+      has(msa({"run", "--model", kModel, "--dry-run"}).errors, "--dry-run needs --context"));
+  EXPECT_GE(msa({"run", "--model", kModel, "--prompt", "a", "--context", "9"}).status, 100);
+}
+
+TEST_F(Cli, DryRunAgreesWithTheRun) {
+  const std::vector<std::string> request = {
+      "run",          "--model", kModel,           "--prompt", "The blocks of a query",
+      "--max-tokens", "4",       "--fill-context", "5000",     "--json"};
+  auto run = request;
+  run.push_back(path("run.json"));
+  const Result ran = msa(run);
+  ASSERT_EQ(ran.status, 0) << ran.errors;
+  EXPECT_TRUE(has(ran.output, "5000 tokens of random keys and values stand before the prompt"));
+  auto dry = request;
+  dry.insert(dry.end(), {path("dry.json"), "--dry-run"});
+  ASSERT_EQ(msa(dry).status, 0);
+  const nlohmann::json plan = report("dry.json").at("plans")[0];
+  const nlohmann::json json = report("run.json");
+  EXPECT_EQ(json.at("runs")[0].at("memory"), plan);
+  EXPECT_EQ(json.at("runs")[0].at("cache_bytes"), plan.at("cache_bytes"));
+  EXPECT_EQ(plan.at("context"), 5000 + json.at("prompt_tokens").get<int>() + 4);
+  EXPECT_EQ(json.at("runs")[0].at("prefill").at("tokens"), json.at("prompt_tokens"));
+  EXPECT_EQ(json.at("runs")[0].at("decode").at("tokens"), 3);
+}
+
 TEST_F(Cli, RunIsRepeatableForASeed) {
   const auto sample = [&](const std::string& seed) {
     const Result result =
