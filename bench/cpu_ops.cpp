@@ -158,10 +158,12 @@ void bench_select(State& state, const Shape& shape) {
   time_op(state, in.select());
 }
 
-void bench_indexer(State& state, const Shape& shape, const SelectionFamily& family) {
-  auto& in = kept("indexer/" + shape.name + family.name, [&] {
+void bench_indexer(State& state, const Shape& shape, const SelectionFamily& family, bool codes) {
+  const char* name = codes ? "indexer_codes/" : "indexer/";
+  auto& in = kept(name + shape.name + family.name, [&] {
     Inputs inputs(shape);
     inputs.add_index(family);
+    if (codes) inputs.add_codes();
     inputs.add_ids();
     return inputs;
   });
@@ -258,12 +260,13 @@ class Decode {
   static constexpr std::int64_t kSequences = 8;
   static constexpr std::int64_t kRounds = 8;  ///< different queries of each sequence
 
-  explicit Decode(const Shape& shape) {
+  Decode(const Shape& shape, const SelectionFamily& family, bool codes) {
     const auto blocks = (shape.seq_len_k + shape.problem.block_size - 1) / shape.problem.block_size;
     const auto cache = std::make_shared<Cache>(shape.problem, kSequences, blocks);
     for (std::int64_t i = 0; i < kRounds * kSequences / shape.batch_size; ++i) {
       Inputs in(shape, cache, i * shape.batch_size % kSequences, static_cast<unsigned>(100 * i));
-      in.add_index(kRealLike);
+      in.add_index(family);
+      if (codes) in.add_codes();
       in.add_attention();
       in.add_new_tokens();
       in.add_ids();
@@ -308,9 +311,16 @@ class Rotation {
   core::HostBuffer workspace_;
 };
 
-Decode& decode_inputs(const Shape& shape) {
-  return kept("decode/" + shape.name, [&] { return Decode(shape); });
-}
+struct DecodeRow {
+  Shape shape;
+  SelectionFamily family;
+  bool codes;
+
+  Decode& inputs() const {
+    return kept("decode/" + shape.name + family.name + (codes ? "/codes" : ""),
+                [&] { return Decode(shape, family, codes); });
+  }
+};
 
 template <class Run>
 void time_steps(State& state, const Work& work, const Run& run) {
@@ -321,16 +331,16 @@ void time_steps(State& state, const Work& work, const Run& run) {
 }
 
 template <class Args>
-void bench_decode(State& state, const Shape& shape, Op<Args> (Inputs::*make)() const) {
-  const Rotation<Args> rotation(decode_inputs(shape), make);
+void bench_decode(State& state, const DecodeRow& row, Op<Args> (Inputs::*make)() const) {
+  const Rotation<Args> rotation(row.inputs(), make);
   Work work;
   rotation.add_work(work);
   time_steps(state, work, [&](std::size_t step) { rotation.run(step); });
 }
 
 /// Append, indexer and attention on the blocks that the indexer took.
-void bench_decode_step(State& state, const Shape& shape) {
-  const Decode& decode = decode_inputs(shape);
+void bench_decode_step(State& state, const DecodeRow& row) {
+  const Decode& decode = row.inputs();
   const Rotation<AppendKv> append(decode, &Inputs::append);
   const Rotation<Indexer> indexer(decode, &Inputs::indexer);
   const Rotation<SparseAttentionForward> sparse(decode, &Inputs::sparse);
@@ -356,7 +366,7 @@ Shape model_shape(const char* name, const Problem& problem, std::int64_t batch_s
 }
 
 template <class Function>
-auto* add(const std::string& name, Function function) {
+auto* add(const std::string& name, const Function& function) {
   return benchmark::RegisterBenchmark(name.c_str(), function)
       ->Unit(benchmark::kMillisecond)
       ->UseRealTime();
@@ -381,7 +391,10 @@ void add_operations() {
     add("select_top_k/" + shape.name, [=](State& s) { bench_select(s, shape); });
     for (const SelectionFamily& family : {kRealLike, kRandom}) {
       add("indexer/" + shape.name + "/" + family.name,
-          [=](State& s) { bench_indexer(s, shape, family); });
+          [=](State& s) { bench_indexer(s, shape, family, false); });
+      if (shape.seq_len_q > 1) continue;  // codes screen keys for few queries only
+      add("indexer_codes/" + shape.name + "/" + family.name,
+          [=](State& s) { bench_indexer(s, shape, family, true); });
     }
     for (const SelectionFamily& family : {kRealLike, kWeak, kRandom}) {
       add("sparse/" + shape.name + "/" + family.name,
@@ -396,7 +409,7 @@ void add_layers() {
     const Shape shape = model_shape(seq_len_k == 4096 ? "m3/4k" : "m3/32k", kM3, 1, 512, seq_len_k);
     const auto add_layer = [&](const std::string& name, Layer layer,
                                const SelectionFamily& family) {
-      // Tens of seconds a run at 32K: one is enough to time.
+      // Tens of seconds a run at 32K: one iteration is enough to time, three show the spread.
       add("layer/" + shape.name + name, [=](State& s) {
         bench_layer(s, shape, layer, family);
       })->Iterations(1);
@@ -413,10 +426,17 @@ void add_decode() {
        {model_shape("m3/b1/128k", kM3, 1, 1, 131072), model_shape("m3/b8/128k", kM3, 8, 1, 131072),
         model_shape("small/b1/128k", kSmall, 1, 1, 131072),
         model_shape("small/b8/128k", kSmall, 8, 1, 131072)}) {
-    const std::string name = "decode/" + shape.name;
-    add(name + "/indexer", [=](State& s) { bench_decode(s, shape, &Inputs::indexer); });
-    add(name + "/attention", [=](State& s) { bench_decode(s, shape, &Inputs::sparse); });
-    add(name + "/step", [=](State& s) { bench_decode_step(s, shape); });
+    const auto add_rows = [&](const DecodeRow& row, const std::string& kind) {
+      add(core::concat("decode/", shape.name, "/indexer", kind),
+          [=](State& s) { bench_decode(s, row, &Inputs::indexer); });
+      add(core::concat("decode/", shape.name, "/step", kind),
+          [=](State& s) { bench_decode_step(s, row); });
+    };
+    add("decode/" + shape.name + "/attention",
+        [=](State& s) { bench_decode(s, {shape, kRealLike, false}, &Inputs::sparse); });
+    add_rows({shape, kRealLike, false}, "");
+    add_rows({shape, kRealLike, true}, "_codes/real-like");
+    add_rows({shape, kRandom, true}, "_codes/random");
   }
 }
 

@@ -29,6 +29,7 @@ DOCUMENT = ROOT / "build" / "release" / "document.txt"
 PREFILL_TOKENS, DECODE_CONTEXT = 256 << 10, 1 << 20
 DECODE_STEPS, DECODE_PROMPT = 32, 256
 MIB = 1 << 20
+MAX_WORKING_BYTES = 512_000_000  # promised up to 1M tokens
 
 
 def run_msa(folder, prompt, options):
@@ -58,9 +59,12 @@ def job(name, folder, prompt, options):
     report = run_msa(folder, prompt, options)
     run = report["runs"][0]
     assert run["finish_reason"] == "length", run["finish_reason"]
+    memory = memory_of(run)
+    assert memory["cache_bytes"] == memory["planned_cache_bytes"], memory
+    assert memory["beyond_weights_and_caches_bytes"] <= MAX_WORKING_BYTES, memory
     row = {"job": name, "options": " ".join(map(str, options)), "prompt_tokens": report["prompt_tokens"],
            "context": run["memory"]["context"], "prefill": run["prefill"], "decode": run["decode"],
-           "memory": memory_of(run)}
+           "memory": memory}
     return row, report["device"]
 
 

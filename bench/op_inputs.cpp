@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/check.hpp"
+#include "core/index_code.hpp"
 #include "core/scalar.hpp"
 #include "core/sequences.hpp"
 
@@ -165,6 +166,21 @@ void Inputs::add_index(const SelectionFamily& family, std::int64_t rows) {
   }
 }
 
+void Inputs::add_codes() {
+  const Problem& p = shape_.problem;
+  with_codes_ = true;
+  if (cache_->index_k_codes.view().given()) return;
+  const std::int64_t pages = cache_->num_sequences * cache_->num_blocks;
+  cache_->index_k_codes = Tensor(DType::i8, {pages, 1, p.block_size, p.index_dim});
+  cache_->index_k_scales = Tensor(DType::bf16, {pages, 1, p.block_size, 2});
+  for (std::int64_t key = 0; key < pages * p.block_size; ++key) {
+    core::encode_index_key(cache_->index_k.data<std::byte>() + 2 * key * p.index_dim, DType::bf16,
+                           p.index_dim,
+                           cache_->index_k_codes.data<std::int8_t>() + key * p.index_dim,
+                           cache_->index_k_scales.data<std::uint16_t>() + 2 * key);
+  }
+}
+
 void Inputs::add_attention() {
   const Problem& p = shape_.problem;
   if (!cache_->k.view().given()) {
@@ -260,14 +276,14 @@ TensorView Inputs::scores_view() const {
                                 {shape_.problem.num_kv_heads, total_q(), num_blocks()});
 }
 
-Work Inputs::index_work() const {
+Work Inputs::index_work(double key_bytes) const {
   const Problem& p = shape_.problem;
   return {.flops = 2.0 * p.index_dim * p.num_kv_heads * visible_pairs(),
-          .bytes = bytes_of(rows_at_place(index_q_)) + page_bytes(1, p.index_dim)};
+          .bytes = bytes_of(rows_at_place(index_q_)) + key_bytes};
 }
 
 Op<IndexerScores> Inputs::index_scores() const {
-  Work work = index_work();
+  Work work = index_work(page_bytes(1, shape_.problem.index_dim));
   work.bytes += bytes_of(scores_view());
   return {.args = {.problem = shape_.problem,
                    .batch = batch(),
@@ -289,14 +305,22 @@ Op<SelectTopK> Inputs::select() const {
 }
 
 Op<Indexer> Inputs::indexer() const {
-  Work work = index_work();
+  const Problem& p = shape_.problem;
+  Indexer args{.problem = p,
+               .batch = batch(),
+               .index_q = rows_at_place(index_q_),
+               .index_k = cache_->index_k,
+               .block_ids = block_ids_};
+  double key_bytes = page_bytes(1, p.index_dim);
+  if (with_codes_) {
+    args.index_k_codes = cache_->index_k_codes;
+    args.index_k_scales = cache_->index_k_scales;
+    // A bound that decides every block needs no key.
+    key_bytes = page_bytes(1, p.index_dim) / 2.0 + page_bytes(1, 2);
+  }
+  Work work = index_work(key_bytes);
   work.bytes += bytes_of(block_ids_);
-  return {.args = {.problem = shape_.problem,
-                   .batch = batch(),
-                   .index_q = rows_at_place(index_q_),
-                   .index_k = cache_->index_k,
-                   .block_ids = block_ids_},
-          .work = work};
+  return {.args = args, .work = work};
 }
 
 Op<SparseAttentionForward> Inputs::sparse() const {
@@ -354,7 +378,13 @@ Op<AppendKv> Inputs::append() const {
     args.index_k = rows_at_place(new_index_k_);
     args.index_k_pages = cache_->index_k;
     read += bytes_of(args.index_k);
-    written += 2.0 * static_cast<double>(args.index_k.num_elements());
+    const auto elements = static_cast<double>(args.index_k.num_elements());
+    written += 2.0 * elements;
+    if (with_codes_) {
+      args.index_k_codes_pages = cache_->index_k_codes;
+      args.index_k_scales_pages = cache_->index_k_scales;
+      written += elements + 4.0 * static_cast<double>(total_q());
+    }
   }
   return {.args = args, .work = {.bytes = read + written}};
 }

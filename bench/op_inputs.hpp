@@ -43,9 +43,11 @@ struct Cache {
 
   Problem problem;
   std::int64_t num_sequences, num_blocks;
-  core::Tensor page_table;  ///< i32 [num_sequences, num_blocks]
-  core::Tensor index_k;     ///< bf16 [num_pages, 1, block_size, index_dim]
-  core::Tensor k, v;        ///< bf16 [num_pages, num_kv_heads, block_size, head_dim]
+  core::Tensor page_table;      ///< i32 [num_sequences, num_blocks]
+  core::Tensor index_k;         ///< bf16 [num_pages, 1, block_size, index_dim]
+  core::Tensor index_k_codes;   ///< i8, shaped like index_k
+  core::Tensor index_k_scales;  ///< bf16 [num_pages, 1, block_size, 2]
+  core::Tensor k, v;            ///< bf16 [num_pages, num_kv_heads, block_size, head_dim]
 };
 
 /// Inputs of one shape; add_...() make the tensors that an operation needs, with values that depend
@@ -60,6 +62,8 @@ class Inputs {
   /// as much as the family's do, so that the indexer itself makes a selection of that kind.
   /// `rows`: index queries, if more than the shape's, for move_to().
   void add_index(const SelectionFamily& family, std::int64_t rows = 0);
+  /// After add_index(): indexer() and append() of these inputs get int8 codes, too.
+  void add_codes();
   void add_attention();
   void add_new_tokens();     ///< after add_index(), where it is called, and add_attention()
   void add_scores();         ///< room for them; index_scores() fills it
@@ -90,7 +94,7 @@ class Inputs {
   Batch batch() const;
   double visible_pairs() const;  ///< per head
   double page_bytes(std::int64_t heads, std::int64_t dim) const;
-  Work index_work() const;
+  Work index_work(double key_bytes) const;  ///< without its output
   TensorView scores_view() const;
   TensorView rows_at_place(const core::Tensor& tensor) const;
   void set_lengths();
@@ -99,6 +103,7 @@ class Inputs {
   std::shared_ptr<Cache> cache_;
   unsigned seed_;
   std::int64_t first_index_row_ = 0;
+  bool with_codes_ = false;
   core::Tensor page_table_, seq_lens_k_;
   core::Tensor index_q_, q_, out_, new_k_, new_v_, new_index_k_, block_scores_, block_ids_;
 };

@@ -145,8 +145,9 @@ void print_memory(const Json& plan) {
   print_mib("  ", "weights, mapped from their files", plan["weight_bytes"]);
   print_mib("  ", "caches in " + plan["cache_dtype"].get<std::string>(), plan["cache_bytes"]);
   for (const Json& cache : plan["caches"]) {
-    const std::string layers = core::concat(cache["num_layers"].get<long long>(), " ",
-                                            cache["layers"].get<std::string>(), " layers: ");
+    const auto num_layers = cache["num_layers"].get<long long>();
+    const std::string layers = core::concat(num_layers, " ", cache["layers"].get<std::string>(),
+                                            num_layers == 1 ? " layer: " : " layers: ");
     print_mib("    ", layers + "K", cache["k_bytes"]);
     print_mib("    ", layers + "V", cache["v_bytes"]);
     print_mib("    ", layers + "index K", cache["index_k_bytes"]);

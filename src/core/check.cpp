@@ -2,9 +2,29 @@
 #include "core/check.hpp"
 
 #include <algorithm>
+#include <array>
 
 namespace msa::core {
 namespace {
+
+// Far above any memory, and small enough that no product of sizes, strides, bytes and threads
+// overflows 64 bits.
+constexpr std::int64_t kMostElements = std::int64_t{1} << 40;
+constexpr std::int64_t kLongestReach = std::int64_t{1} << 48;  // elements
+
+/// Empty axes count as one element, so that the sizes beside them are bounded too.
+bool is_of_possible_size(const TensorView& view) {
+  std::int64_t count = 1;
+  for (std::size_t axis = 0; axis < static_cast<std::size_t>(view.rank); ++axis) {
+    const std::int64_t size = std::max<std::int64_t>(view.shape[axis], 1);
+    if (size > kMostElements / count) return false;
+    count *= size;
+    if (size == 1) continue;
+    const std::int64_t longest = kLongestReach / (size - 1);
+    if (view.stride[axis] > longest || view.stride[axis] < -longest) return false;
+  }
+  return true;
+}
 
 std::string dims_text(std::initializer_list<Dim> dims) {
   std::string text = "[";
@@ -16,15 +36,17 @@ std::string dims_text(std::initializer_list<Dim> dims) {
   return text + "]";
 }
 
-}  // namespace
-
-std::string shape_text(const TensorView& view) {
+std::string list_text(const std::array<std::int64_t, kMaxRank>& numbers, int count) {
   std::string text = "[";
-  for (int i = 0; i < view.rank; ++i) {
-    text += concat(i == 0 ? "" : ", ", view.shape[static_cast<std::size_t>(i)]);
+  for (int i = 0; i < count; ++i) {
+    text += concat(i == 0 ? "" : ", ", numbers[static_cast<std::size_t>(i)]);
   }
   return text + "]";
 }
+
+}  // namespace
+
+std::string shape_text(const TensorView& view) { return list_text(view.shape, view.rank); }
 
 void check_tensor(const char* operation, const char* name, const TensorView& view,
                   std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims) {
@@ -43,6 +65,8 @@ void check_tensor(const char* operation, const char* name, const TensorView& vie
   }
   MSA_CHECK(fits, operation, ": ", name, " has shape ", shape_text(view), ", expected ",
             dims_text(dims));
+  MSA_CHECK(is_of_possible_size(view), operation, ": ", name, " has shape ", shape_text(view),
+            " and strides ", list_text(view.stride, view.rank), ": no memory holds that");
 }
 
 }  // namespace msa::core

@@ -15,7 +15,25 @@ constexpr std::initializer_list<DType> kFloatsAndFp8 = {DType::f32, DType::f16, 
 constexpr std::initializer_list<DType> kWide = {DType::f32, DType::f64};
 constexpr std::initializer_list<DType> kIds = {DType::i32};
 
+/// Far above any model. What kernels compute from products of these, total sizes of workspaces
+/// included, stays below 2^63.
+constexpr int kMostHeads = 1 << 12;
+constexpr int kLargestDim = 1 << 16;
+constexpr int kLargestBlock = 1 << 20;
+constexpr int kMostSlots = 1 << 20;
+
+void check_at_most(const char* op, const char* name, int value, int most) {
+  MSA_CHECK(value <= most, op, ": ", name, " is ", value, ", expected ", most, " at most");
+}
+
 void check_problem(const char* op, const Problem& p) {
+  check_at_most(op, "num_q_heads", p.num_q_heads, kMostHeads);
+  check_at_most(op, "head_dim", p.head_dim, kLargestDim);
+  check_at_most(op, "index_dim", p.index_dim, kLargestDim);
+  check_at_most(op, "block_size", p.block_size, kLargestBlock);
+  check_at_most(op, "top_k", p.top_k, kMostSlots);
+  check_at_most(op, "num_init_blocks", p.num_init_blocks, kMostSlots);
+  check_at_most(op, "num_local_blocks", p.num_local_blocks, kMostSlots);
   MSA_CHECK(p.num_q_heads > 0 && p.num_kv_heads > 0 && p.num_q_heads % p.num_kv_heads == 0, op,
             ": num_q_heads is ", p.num_q_heads, ", expected a positive multiple of num_kv_heads, ",
             p.num_kv_heads);
@@ -90,6 +108,13 @@ void check_keys(const char* op, const char* name, const TensorView& keys, const 
               ": seq_lens_k is given without page_table; ragged keys take cu_seqlens_k");
     check_tensor(op, name, keys, dtypes, {count, heads, dim});
   }
+}
+
+/// The maximum over a block is taken before scores are scaled, which a negative scale would turn
+/// into a minimum.
+void check_index_scale(const char* op, float scale) {
+  MSA_CHECK(scale >= 0.0f, op, ": index_scale is ", scale,
+            ", expected > 0, or 0 for 1 / sqrt(index_dim)");
 }
 
 template <class Args>
@@ -172,6 +197,7 @@ void check_index_inputs(const char* op, const Args& args) {
 void validate(const IndexerScores& args) {
   const char* op = operation_name(args);
   check_index_inputs(op, args);
+  check_index_scale(op, args.index_scale);
   check_tensor(op, "block_scores", args.block_scores, kWide,
                {{"num_kv_heads", args.problem.num_kv_heads},
                 {"total_q", args.index_q.shape[0]},
@@ -251,6 +277,7 @@ void validate(const IndexerKlBackward& args) {
   const Dim total_k{"total_k", args.k.shape[0]};
   check_tensor(op, "index_q", args.index_q, kFloats, {total_q, kv_heads, index_dim});
   check_tensor(op, "index_k", args.index_k, kFloats, {total_k, {"index key heads", 1}, index_dim});
+  check_index_scale(op, args.index_scale);
   MSA_CHECK(args.loss.given() || args.dindex_q.given(), op,
             ": neither loss nor dindex_q is given, so there is nothing to compute");
   MSA_CHECK(args.dindex_q.given() == args.dindex_k.given(), op,

@@ -38,13 +38,16 @@ constexpr std::int64_t batch_size(const Batch& batch) {
 template <class Args>
 std::int64_t max_seq_len_k(const Args& args) {
   std::int64_t bound = 0;
+  const auto tokens_of = [&](std::int64_t num_blocks) {  // lengths are i32, ids of blocks too
+    return std::min<std::int64_t>(num_blocks, INT32_MAX) * args.problem.block_size;
+  };
   if constexpr (requires {
                   args.block_scores;
                   args.block_ids;
                 }) {
-    bound = args.block_scores.shape[2] * args.problem.block_size;
+    bound = tokens_of(args.block_scores.shape[2]);
   } else {
-    bound = is_paged(args.batch) ? args.batch.page_table.shape[1] * args.problem.block_size
+    bound = is_paged(args.batch) ? tokens_of(args.batch.page_table.shape[1])
                                  : key_tensor(args).shape[0];
   }
   return args.batch.max_seq_len_k > 0 ? std::min(bound, args.batch.max_seq_len_k) : bound;

@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -26,14 +27,10 @@ class HostBuffer {
  public:
   HostBuffer() = default;
   explicit HostBuffer(std::size_t bytes) : bytes_(bytes) {
-    const std::size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    const std::size_t rounded =
-        std::max<std::size_t>((bytes + alignment - 1) / alignment * alignment, alignment);
-    data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
+    const std::size_t rounded = std::max<std::size_t>((bytes + 63) / 64 * 64, 64);
+    data_.reset(static_cast<std::byte*>(std::aligned_alloc(64, rounded)));
     if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a hint
-#endif
+    ask_for_huge_pages(data_.get(), rounded);
     std::memset(data_.get(), 0, rounded);
   }
 
@@ -42,7 +39,18 @@ class HostBuffer {
   std::span<std::byte> span() const { return {data_.get(), bytes_}; }
 
  private:
-  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+  /// A hint for the whole huge pages of a range.
+  static void ask_for_huge_pages([[maybe_unused]] std::byte* data,
+                                 [[maybe_unused]] std::size_t size) {
+#if defined(__linux__)
+    constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    const std::uintptr_t skipped = (kHugePage - address % kHugePage) % kHugePage;
+    if (size < skipped + kHugePage) return;
+    madvise(data + skipped, (size - skipped) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  }
+
   struct Free {
     void operator()(std::byte* data) const { std::free(data); }
   };

@@ -103,6 +103,9 @@ void Plan<Args>::run(const Args& args, std::span<std::byte> workspace, Stream st
               name_of(expected.dtype), core::shape_text(expected), " (or its strides differ)");
     MSA_CHECK(view.data != nullptr || view.num_elements() == 0, "run(", operation, "): ", name,
               " has a null pointer");
+    MSA_CHECK(reinterpret_cast<std::uintptr_t>(view.data) % size_of(view.dtype) == 0, "run(",
+              operation, "): ", name, " is not aligned to its elements of ", size_of(view.dtype),
+              " bytes");
   });
   MSA_CHECK(std::memcmp(&args.problem, &planned_.problem, sizeof(Problem)) == 0, "run(", operation,
             "): problem differs from the planned one");

@@ -115,12 +115,45 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_append_kv, index_k_scales_pages)}, 752}});
 }
 
+template <class T>
+void expect_head() {
+  EXPECT_EQ(offsetof(T, struct_size), 0u);
+  EXPECT_EQ(offsetof(T, problem), 8u);
+  EXPECT_EQ(offsetof(T, batch), 16u);
+  // What struct_size is checked for: no field is cut in two.
+  EXPECT_EQ(alignof(T), 8u);
+  EXPECT_EQ(sizeof(T) % 8, 0u);
+}
+
+TEST(AbiLayout, OperationsBeginAlike) {
+  EXPECT_EQ(offsetof(msa_batch, struct_size), 0u);
+  EXPECT_EQ(offsetof(msa_options, struct_size), 0u);
+  expect_head<msa_indexer_scores>();
+  expect_head<msa_select_top_k>();
+  expect_head<msa_indexer>();
+  expect_head<msa_sparse_attention_forward>();
+  expect_head<msa_dense_attention_forward>();
+  expect_head<msa_sparse_attention_backward>();
+  expect_head<msa_indexer_kl_backward>();
+  expect_head<msa_append_kv>();
+  expect_layout({{{FIELD(msa_dense_attention_forward, q)}, 24},
+                 {{FIELD(msa_dense_attention_forward, k)}, 128},
+                 {{FIELD(msa_dense_attention_forward, v)}, 232},
+                 {{FIELD(msa_sparse_attention_backward, q)}, 24},
+                 {{FIELD(msa_sparse_attention_backward, k)}, 128},
+                 {{FIELD(msa_sparse_attention_backward, v)}, 232},
+                 {{FIELD(msa_indexer_kl_backward, q)}, 24},
+                 {{FIELD(msa_indexer_kl_backward, k)}, 128}});
+}
+
 TEST(AbiLayout, Enumerators) {
-  EXPECT_EQ(MSA_INVALID_ARGUMENT, 1);
-  EXPECT_EQ(MSA_INTERNAL, 5);
-  EXPECT_EQ(MSA_F32, 0);
-  EXPECT_EQ(MSA_BF16, 3);
-  EXPECT_EQ(MSA_I32, 6);
+  EXPECT_EQ(MSA_MAX_RANK, 5);
+  const int statuses[] = {MSA_OK,         MSA_INVALID_ARGUMENT, MSA_UNSUPPORTED, MSA_OUT_OF_MEMORY,
+                          MSA_CUDA_ERROR, MSA_INTERNAL};
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(statuses[i], i);
+  const int dtypes[] = {MSA_F32, MSA_F64, MSA_F16, MSA_BF16, MSA_E4M3, MSA_I8, MSA_I32};
+  for (int i = 0; i < 7; ++i) EXPECT_EQ(dtypes[i], i);
+  EXPECT_EQ(MSA_CPU, 0);
   EXPECT_EQ(MSA_CUDA, 1);
 }
 

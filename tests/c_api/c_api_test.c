@@ -115,6 +115,8 @@ int main(void) {
   newer.later = 1;
   EXPECT(msa_plan_sparse_attention_forward(&attention, &newer.known, &plan) ==
          MSA_INVALID_ARGUMENT);
+  attention.struct_size = 12; /* half of a pointer */
+  EXPECT(msa_plan_sparse_attention_forward(&attention, NULL, &plan) == MSA_INVALID_ARGUMENT);
   attention.struct_size = 0;
   EXPECT(msa_plan_sparse_attention_forward(&attention, NULL, &plan) == MSA_INVALID_ARGUMENT);
   EXPECT(msa_plan_sparse_attention_forward(NULL, NULL, &plan) == MSA_INVALID_ARGUMENT);

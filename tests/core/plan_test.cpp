@@ -71,6 +71,15 @@ TEST_F(PlanTest, RefusalsOfAllImplementationsAreListed) {
   }
 }
 
+TEST_F(PlanTest, RunRefusesMisalignedElements) {
+  const auto plan = msa::plan(args_, {.backend = "reference"});
+  DenseAttentionForward args = args_;
+  args.k.data = static_cast<std::byte*>(args.k.data) + 2;
+  expect_error(ErrorCode::invalid_argument,
+               "run(DenseAttentionForward): k is not aligned to its elements of 4 bytes",
+               [&] { plan.run(args); });
+}
+
 TEST_F(PlanTest, InvalidIsNotUnsupported) {
   args_.out.shape[2] = 7;
   expect_error(ErrorCode::invalid_argument,

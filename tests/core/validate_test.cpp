@@ -3,6 +3,8 @@
 // Every message of validate(), by its whole text.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "core/operation.hpp"
 #include "msa/error.hpp"
 #include "tests/support/inputs.hpp"
@@ -82,6 +84,67 @@ TEST(Validate, Problem) {
         p.num_local_blocks = 2;
       },
       "top_k is 4, expected >= num_init_blocks + num_local_blocks = 5");
+}
+
+TEST(Validate, NumbersFarAboveAnyModel) {
+  const auto expect = [](auto change, const std::string& text) {
+    expect_invalid<SparseAttentionForward>(
+        kRagged, [&](SparseAttentionForward& args) { change(args.problem); },
+        "SparseAttentionForward: " + text);
+  };
+  constexpr int kMost = std::numeric_limits<int>::max();
+  expect([](Problem& p) { p.num_q_heads = 4098; }, "num_q_heads is 4098, expected 4096 at most");
+  expect([](Problem& p) { p.head_dim = 65537; }, "head_dim is 65537, expected 65536 at most");
+  expect([](Problem& p) { p.index_dim = kMost; },
+         "index_dim is 2147483647, expected 65536 at most");
+  expect([](Problem& p) { p.block_size = 1 << 30; },
+         "block_size is 1073741824, expected 1048576 at most");
+  expect([](Problem& p) { p.top_k = kMost; }, "top_k is 2147483647, expected 1048576 at most");
+  expect([](Problem& p) { p.num_init_blocks = kMost; },
+         "num_init_blocks is 2147483647, expected 1048576 at most");
+  expect([](Problem& p) { p.num_local_blocks = kMost; },
+         "num_local_blocks is 2147483647, expected 1048576 at most");
+}
+
+TEST(Validate, SizesAndStridesOfNoMemory) {
+  using Args = DenseAttentionForward;
+  const auto expect = [](auto change, const std::string& text) {
+    expect_invalid<Args>(kRagged, change,
+                         "DenseAttentionForward: " + text + ": no memory holds that");
+  };
+  expect([](Args& a) { a.q.shape[0] = std::numeric_limits<std::int64_t>::max(); },
+         "q has shape [9223372036854775807, 4, 64] and strides [256, 64, 1]");
+  expect([](Args& a) { a.k.stride[0] = std::numeric_limits<std::int64_t>::min(); },
+         "k has shape [20, 2, 64] and strides [-9223372036854775808, 64, 1]");
+  expect([](Args& a) { a.v.stride[2] = std::int64_t{1} << 44; },
+         "v has shape [20, 2, 64] and strides [128, 64, 17592186044416]");
+  // The size of an axis beside an empty one counts as well, that of a stride which is never taken
+  // does not.
+  expect_invalid<IndexerScores>(
+      kRagged,
+      [](IndexerScores& a) {
+        a.index_k.shape[0] = 0;
+        a.block_scores.shape[2] = std::int64_t{1} << 62;
+      },
+      "IndexerScores: block_scores has shape [2, 3, 4611686018427387904] and strides [9, 3, 1]: no "
+      "memory holds that");
+  Inputs inputs(kRagged);
+  auto args = inputs.args<Indexer>();
+  const Outputs outputs(inputs, args);
+  args.index_k.stride[1] = std::numeric_limits<std::int64_t>::max();
+  EXPECT_NO_THROW(validate(args));
+}
+
+TEST(Validate, IndexScaleIsNotNegative) {
+  const std::string text = "index_scale is -1, expected > 0, or 0 for 1 / sqrt(index_dim)";
+  expect_invalid<IndexerScores>(
+      kRagged, [](IndexerScores& a) { a.index_scale = -1.0f; }, "IndexerScores: " + text);
+  Inputs inputs(kRagged);
+  auto args = inputs.args<IndexerKlBackward>();
+  const Outputs outputs(inputs, args);
+  EXPECT_NO_THROW(validate(args));
+  args.index_scale = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(validate(args), Error);
 }
 
 TEST(Validate, TensorsOfSparseAttentionForward) {

@@ -221,11 +221,12 @@ void Inputs::plant_special_values() {
       }
     };
     if (k_len >= 3) {
+      const Problem& p = spec.problem;
       put(v, k_len - 2, 0, 0, first);
-      put(v, k_len - 2, 0, 1, second);
-      put(k, k_len - 3, spec.problem.num_kv_heads - 1, 0, first);
+      put(v, k_len - 2, 0, 1 % p.head_dim, second);
+      put(k, k_len - 3, p.num_kv_heads - 1, 0, first);
       put(index_k, 0, 0, 0, first);
-      put(index_k, k_len / 2, 0, 1, second);
+      put(index_k, k_len / 2, 0, 1 % p.index_dim, second);
     }
     k_begin += k_len;
   }

@@ -139,6 +139,24 @@ TEST_F(Cli, VerifyReports) {
   EXPECT_GT(json.at("num_passed"), 0);
   EXPECT_EQ(json.at("num_failed"), 0);
   for (const auto& row : json.at("rows")) EXPECT_LE(row.at("max_error_over_bound"), 1.0);
+  // The table counts every row once: 6 operations in 3 dtypes.
+  EXPECT_EQ(json.at("summary").size(), 18u);
+  for (const auto& counts : json.at("summary")) {
+    int num_passed = 0;
+    for (const auto& row : json.at("rows")) {
+      const bool same = row.at("op") == counts.at("op") && row.at("dtype") == counts.at("dtype") &&
+                        row.at("backend") == counts.at("backend");
+      num_passed += same && row.at("status") == "passed" ? 1 : 0;
+    }
+    EXPECT_GT(num_passed, 0);
+    EXPECT_EQ(counts.at("num_passed"), num_passed);
+    EXPECT_EQ(counts.at("num_failed"), 0);
+    EXPECT_EQ(counts.at("backend"), "cpu");
+  }
+  EXPECT_TRUE(has(result.output, "passed / failed"));
+  EXPECT_TRUE(has(result.output, "DenseAttentionForward   cpu"));
+  EXPECT_TRUE(
+      has(result.output, "not checked on cpu: SparseAttentionBackward, IndexerKlBackward\n"));
   EXPECT_EQ(msa({"verify", "--filter", "no such case"}).status, 1);
   EXPECT_TRUE(has(msa({"verify", "--backend", "abacus"}).errors, "--backend is 'abacus'"));
 }
@@ -158,7 +176,9 @@ TEST_F(Cli, BenchReportsAndCompares) {
   for (const char* key : {"op", "case", "backend", "device"}) {
     EXPECT_TRUE(json.at("rows")[0].at(key).is_string()) << key;
   }
-  EXPECT_GT(json.at("ceilings").at("fma_gflops"), 0.0);
+  for (const char* key : {"fma_gflops", "read_gbytes_per_s", "copy_gbytes_per_s"}) {
+    EXPECT_GT(json.at("ceilings").at(key), 0.0) << key;
+  }
 
   // Against a run a thousand times slower it is an improvement, against one as much faster it
   // fails.
@@ -170,6 +190,23 @@ TEST_F(Cli, BenchReportsAndCompares) {
     second.insert(second.end(), {path("new.json"), "--compare", path("other.json")});
     EXPECT_EQ(msa(second).status, factor > 1.0 ? 0 : 1);
   }
+
+  // One case a thousand times slower is one too many, even where the mean is better.
+  const std::vector<std::string> decode = {"bench",      "--filter", "SelectTopK m3.decode",
+                                           "--min-time", "0",        "--json"};
+  auto several = decode;
+  several.push_back(path("old.json"));
+  ASSERT_EQ(msa(several).status, 0);
+  json = report("old.json");
+  ASSERT_GE(json.at("rows").size(), 2u);
+  for (std::size_t i = 0; i < json["rows"].size(); ++i) {
+    auto& time = json["rows"][i]["time_ms"];
+    time = time.get<double>() * (i == 0 ? 1e-3 : 1e6);
+  }
+  std::ofstream(path("other.json")) << json;
+  several = decode;
+  several.insert(several.end(), {path("new.json"), "--compare", path("other.json")});
+  EXPECT_EQ(msa(several).status, 1);
   EXPECT_TRUE(has(msa({"bench", "--filter", "no such case"}).errors, "matches no case"));
 }
 
