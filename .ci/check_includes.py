@@ -41,7 +41,9 @@ EXTERNAL = [
     (r"cuda[A-Za-z_]*\.h|cuda/|cooperative_groups|cublas|nv", ("src/cuda", "tests/cuda")),
     (r"nlohmann/", ("src/model", "tools", "tests", "bench")),
     (r"CLI/", ("tools", "bench")),
-    (r"pcre2\.h|dnnl|oneapi/dnnl/", ("src/model",)),
+    (r"pcre2\.h", ("src/model",)),
+    (r"dnnl|oneapi/dnnl/", ("src/model", "bench")),
+    (r"cblas\.h", ("bench",)),
     (r"gtest/|gmock/", ("tests",)),
     (r"benchmark/", ("bench",)),
     (r"sys/mman\.h", ("src/core", "src/model", "tests", "bench")),  # madvise in core::HostBuffer

@@ -30,6 +30,7 @@ double seconds_since(Clock::time_point start) {
 struct Options {
   std::string model, ids, logits, cache_dtype = "bf16";
   std::int64_t prefill = 0;
+  std::int64_t chunk_tokens = 512;
 };
 
 std::vector<std::int32_t> read_ids(const std::string& path) {
@@ -61,9 +62,10 @@ void run(const Options& options) {
   MSA_CHECK(options.prefill >= 1 && options.prefill <= total, "--prefill is ", options.prefill,
             ", expected 1 to ", total, ", the tokens in ", options.ids);
   const msa::model::Config config = msa::model::load_config(options.model);
-  msa::model::Transformer model(
-      config, msa::model::load_weights(options.model, config),
-      {.max_context = total, .cache_dtype = dtype_of(options.cache_dtype)});
+  msa::model::Transformer model(config, msa::model::load_weights(options.model, config),
+                                {.max_context = total,
+                                 .chunk_tokens = options.chunk_tokens,
+                                 .cache_dtype = dtype_of(options.cache_dtype)});
   // Threads, pages of the weights and the first plans, as llama.cpp's own warm-up run does.
   model.forward(std::span(ids).first(static_cast<std::size_t>(std::min<std::int64_t>(total, 512))));
   model.reset();
@@ -106,6 +108,9 @@ int main(int argc, char** argv) {
   app.add_option("--prefill", options.prefill, "Ids that are the prompt; the rest is decoded")
       ->required();
   app.add_option("--cache-dtype", options.cache_dtype, "f32, f16 or bf16")->capture_default_str();
+  app.add_option("--chunk-tokens", options.chunk_tokens,
+                 "Prompt tokens that pass through the layers together")
+      ->capture_default_str();
   app.add_option("--logits", options.logits, "File for the f32 logits: [1 + decoded, vocab]");
   CLI11_PARSE(app, argc, argv);
   try {

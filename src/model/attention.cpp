@@ -303,14 +303,15 @@ void Attention::project(std::int64_t layer, const LayerWeights& weights, std::sp
                         LinearScratch& scratch) {
   const Problem& p = problem_;
   const Norms& norms = norms_[size(layer)];
-  linear(weights.q_proj, x, tokens_, q_, scratch);
-  linear(weights.k_proj, x, tokens_, k_, scratch);
-  linear(weights.v_proj, x, tokens_, v_, scratch);
+  const Product products[] = {{weights.q_proj, q_},
+                              {weights.k_proj, k_},
+                              {weights.v_proj, v_},
+                              {weights.index_q_proj, index_q_},
+                              {weights.index_k_proj, index_k_}};
+  linear(std::span(products).first(is_sparse(layer) ? 5 : 3), x, tokens_, scratch);
   norm_and_rotate(q_, tokens_, p.num_q_heads, norms.q, eps_, rope_);
   norm_and_rotate(k_, tokens_, p.num_kv_heads, norms.k, eps_, rope_);
   if (!is_sparse(layer)) return;
-  linear(weights.index_q_proj, x, tokens_, index_q_, scratch);
-  linear(weights.index_k_proj, x, tokens_, index_k_, scratch);
   norm_and_rotate(index_q_, tokens_, p.num_kv_heads, norms.index_q, eps_, rope_);
   norm_and_rotate(index_k_, tokens_, 1, norms.index_k, eps_, rope_);
 }

@@ -31,10 +31,21 @@ class LinearScratch {
 /// Floats per thread of the scratch with which linear() takes any number of tokens.
 std::int64_t linear_scratch(const TensorView& weight);
 
+/// One of several products with the same x.
+struct Product {
+  const TensorView& weight;  ///< [out, in]
+  std::span<float> y;        ///< [tokens, out]
+};
+
 /// y [tokens, out] = x [tokens, in] * weight [out, in]^T. Rows of x and y are contiguous; rows of
 /// weight may lie apart. How tokens are grouped into calls changes y by f32 rounding only.
 void linear(const TensorView& weight, std::span<const float> x, std::int64_t tokens,
             std::span<float> y, LinearScratch& scratch);
+
+/// The same for several weights, all threads working on all of them at once. Each y is bitwise what
+/// it is alone, on any number of threads.
+void linear(std::span<const Product> products, std::span<const float> x, std::int64_t tokens,
+            LinearScratch& scratch);
 
 /// out[i] = element i of a contiguous run of `dtype` values (f32, f16 or bf16).
 void expand_to_f32(const std::byte* source, DType dtype, std::span<float> out);

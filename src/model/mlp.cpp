@@ -101,8 +101,8 @@ void Mlp::run_dense(const MlpWeights& weights, std::span<const float> x, std::in
                     std::span<float> out, LinearScratch& scratch) {
   const std::span<float> gate(gate_.data(), size(tokens * weights.gate.shape[0]));
   const std::span<float> up(up_.data(), gate.size());
-  linear(weights.gate, x, tokens, gate, scratch);
-  linear(weights.up, x, tokens, up, scratch);
+  const Product products[] = {{weights.gate, gate}, {weights.up, up}};
+  linear(products, x, tokens, scratch);
   swiglu_oai(gate, up, alpha_, limit_);
   linear(weights.down, gate, tokens, out, scratch);
 }

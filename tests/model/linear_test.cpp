@@ -90,6 +90,43 @@ TEST(Linear, TakesRowsThatLieApart) {
   }
 }
 
+TEST(Linear, SeveralProductsAreEachAsAloneOnAnyNumberOfThreads) {
+  test::Uniform uniform(3);
+  constexpr std::int64_t kIn = 256;
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    // Wide enough for several threads at one token and at many, a width of no tasks, odd ones.
+    const core::Tensor weights[] = {core::Tensor(dtype, {700, kIn}), core::Tensor(dtype, {0, kIn}),
+                                    core::Tensor(dtype, {33, kIn}),
+                                    core::Tensor(dtype, {128, kIn})};
+    for (const core::Tensor& weight : weights) test::fill(weight, uniform, 1.0);
+    for (std::int64_t tokens : {1, 3, 64}) {
+      const std::vector<float> x = test::random_vector(tokens * kIn, uniform);
+      std::vector<std::vector<float>> alone;
+      for (const core::Tensor& weight : weights) {
+        const Threads scope(1);
+        model::LinearScratch scratch;
+        alone.emplace_back(static_cast<std::size_t>(tokens * weight.view().shape[0]), NAN);
+        model::linear(weight, x, tokens, alone.back(), scratch);
+      }
+      for (int threads : {1, 2, 5}) {
+        const Threads scope(threads);
+        model::LinearScratch scratch;
+        std::vector<std::vector<float>> together;
+        std::vector<TensorView> views;
+        for (const std::vector<float>& y : alone) together.emplace_back(y.size(), NAN);
+        for (const core::Tensor& weight : weights) views.push_back(weight);
+        const model::Product products[] = {{views[0], together[0]},
+                                           {views[1], together[1]},
+                                           {views[2], together[2]},
+                                           {views[3], together[3]}};
+        model::linear(products, x, tokens, scratch);
+        EXPECT_EQ(together, alone)
+            << name_of(dtype) << " tokens " << tokens << " threads " << threads;
+      }
+    }
+  }
+}
+
 TEST(Linear, ExpandsExactly) {
   for (DType dtype : {DType::f16, DType::bf16}) {
     std::vector<std::uint16_t> bits(1 << 16);
