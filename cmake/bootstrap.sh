@@ -11,7 +11,7 @@ build_packages='
   g++ cmake ninja-build pkg-config
   libhwy-dev libdnnl-dev ocl-icd-opencl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
   libgtest-dev libbenchmark-dev'
-developer_packages='clang-format-19 clang-tidy-19 python3 ccache shellcheck git make'
+developer_packages='clang-format-19 clang-tidy-19 clang-19 libclang-rt-19-dev python3 ccache shellcheck git make'
 
 case "${1:-build}" in
   build) wanted=$build_packages ;;

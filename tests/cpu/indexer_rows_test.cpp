@@ -18,12 +18,13 @@ namespace {
 
 using core::Tensor;
 
-TEST(CpuIndexer, EqualsTheReferenceOnAdversarialRows) {
+void expect_equal_selections(std::int64_t narrowest, std::int64_t widest) {
   constexpr std::int64_t kBlock = 16;
   constexpr float kQueries[] = {1.0f, -1.0f, 0.0f};
   const auto num_patterns = static_cast<std::int64_t>(patterns().size());
   std::mt19937 random(1);
   for (const std::int64_t width : kWidths) {
+    if (width < narrowest || width > widest) continue;
     SCOPED_TRACE(width);
     // One sequence per pattern, the three queries at its end; lengths are ragged.
     const Tensor offsets_q(DType::i32, {num_patterns + 1});
@@ -76,6 +77,11 @@ TEST(CpuIndexer, EqualsTheReferenceOnAdversarialRows) {
       });
     }
   }
+}
+
+TEST(CpuIndexer, EqualsTheReferenceOnAdversarialRows) { expect_equal_selections(1, 513); }
+TEST(SlowCpuIndexer, EqualsTheReferenceOnWideAdversarialRows) {
+  expect_equal_selections(1025, 8192);
 }
 
 }  // namespace

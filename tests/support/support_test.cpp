@@ -205,6 +205,19 @@ TEST(Verdict, FindsTiesThatWentToTheHigherId) {
   EXPECT_EQ(check_selection(args, scores, doubt, inputs.num_blocks), "");
 }
 
+// Rows of one element leave no room for a second special value.
+TEST(Inputs, PlantSpecialValuesInsideRows) {
+  for (const Values values : {Values::infinities, Values::nans}) {
+    Case spec{.sequences = {{2, 20}}, .keys = Keys::paged, .values = values};
+    spec.problem.head_dim = 1;
+    spec.problem.index_dim = 1;
+    const Inputs inputs(spec);
+    for (const GuardedTensor* tensor : {&inputs.k, &inputs.v, &inputs.index_k}) {
+      EXPECT_EQ(tensor->damaged(), "");
+    }
+  }
+}
+
 TEST(Verify, ReportsAnUnknownBackendAsDeclined) {
   Inputs inputs(Case{.sequences = {{3, 20}}});
   const Outcome outcome = verify<Indexer>(inputs, "abacus");
