@@ -60,7 +60,8 @@ def job(name, folder, prompt, options):
     run = report["runs"][0]
     assert run["finish_reason"] == "length", run["finish_reason"]
     memory = memory_of(run)
-    assert memory["cache_bytes"] == memory["planned_cache_bytes"], memory
+    # The last token drawn needs no keys, so a page may stay unused.
+    assert memory["cache_bytes"] <= memory["planned_cache_bytes"], memory
     assert memory["beyond_weights_and_caches_bytes"] <= MAX_WORKING_BYTES, memory
     row = {"job": name, "options": " ".join(map(str, options)), "prompt_tokens": report["prompt_tokens"],
            "context": run["memory"]["context"], "prefill": run["prefill"], "decode": run["decode"],
