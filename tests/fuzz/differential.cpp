@@ -46,6 +46,10 @@ SmallProblem small_problem(ByteReader& bytes) {
   if (!spec.give_offsets) {
     for (testing::Lengths& lengths : spec.sequences) lengths.q = spec.sequences[0].q;
   }
+  spec.index_codes = spec.keys != Keys::ragged && bytes.below(2) == 1;
+  if (spec.index_codes) {  // only rows of more than top_k blocks are screened
+    for (testing::Lengths& lengths : spec.sequences) lengths.k *= 4;
+  }
   return problem;
 }
 
