@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <ostream>
 #include <random>
 #include <vector>
 
@@ -14,6 +15,10 @@
 #include "tests/fuzz/problems.hpp"
 
 namespace msa::fuzz {
+
+// NOLINTNEXTLINE(readability-identifier-naming): GoogleTest's name
+void PrintTo(const Target& target, std::ostream* out) { *out << target.name; }
+
 namespace {
 
 /// Puts the number of threads back, which some targets change.
