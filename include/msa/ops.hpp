@@ -14,7 +14,10 @@
 //  * Block b of a sequence is its tokens [b * block_size, (b + 1) * block_size). The local block
 //    of a query is p / block_size.
 //  * Index head g serves KV head g and query heads [g * group_size, (g + 1) * group_size).
-//  * Tensors may be strided. Shapes below are logical. All tensors of one call are on one device.
+//  * Tensors may be strided. Shapes below are logical. All tensors of one call are on one device,
+//    their data aligned to its element type.
+//  * At most 4096 heads, dimensions of 2^16, block_size and top_k of 2^20. index_scale is not
+//    negative: a maximum of scores would be a minimum.
 //  * plan() throws msa::Error for anything knowable from shapes; run() on host tensors also checks
 //    the offsets and lengths in Batch. Values on a GPU can't be checked: block ids and page ids out
 //    of range are skipped by every backend, as if the block were masked.

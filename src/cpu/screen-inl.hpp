@@ -42,9 +42,10 @@ HWY_INLINE bool encode_query(const float* q, std::int64_t dim, ScreenRow& row,
     largest = std::max(largest, magnitude);
     squares += magnitude * magnitude;
   }
-  // The sum of dim products with codes up to 127 fits an int32.
-  const double most = std::min(
-      32767.0, std::floor(2147483647.0 / (core::kMaxIndexCode * static_cast<double>(dim))));
+  // The sum of dim products with any int8 fits an int32, even if the codes are not what they
+  // should.
+  const double most =
+      std::min(32767.0, std::floor(2147483647.0 / (128.0 * static_cast<double>(dim))));
   const auto scale = static_cast<float>(largest / most);
   double rest = 0.0;
   std::fill_n(pairs, round_up(dim, kCodesPerPiece), std::int16_t{0});

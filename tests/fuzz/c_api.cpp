@@ -411,11 +411,13 @@ void run_operation(int operation, ByteReader& bytes) {
     }
     case 2: {
       msa_indexer a{};
-      return request.check(a,
-                           {{&a.index_q, index_q, dtype},
-                            {&a.index_k, index_k, dtype},
-                            {&a.block_ids, ids, MSA_I32}},
-                           msa_plan_indexer, msa_run_indexer);
+      std::vector<Field> fields = {
+          {&a.index_q, index_q, dtype}, {&a.index_k, index_k, dtype}, {&a.block_ids, ids, MSA_I32}};
+      if (request.flip()) {
+        fields.push_back({&a.index_k_codes, request.pages(1, p.index_dim), MSA_I8});
+        fields.push_back({&a.index_k_scales, request.pages(1, 2), MSA_BF16});
+      }
+      return request.check(a, fields, msa_plan_indexer, msa_run_indexer);
     }
     case 3: {
       msa_sparse_attention_forward a{};
@@ -472,6 +474,10 @@ void run_operation(int operation, ByteReader& bytes) {
       if (request.flip()) {
         fields.push_back({&a.index_k, request.queries(1, p.index_dim), dtype});
         fields.push_back({&a.index_k_pages, request.pages(1, p.index_dim), dtype});
+        if (request.flip()) {
+          fields.push_back({&a.index_k_codes_pages, request.pages(1, p.index_dim), MSA_I8});
+          fields.push_back({&a.index_k_scales_pages, request.pages(1, 2), MSA_BF16});
+        }
       }
       return request.check(a, fields, msa_plan_append_kv, msa_run_append_kv);
     }

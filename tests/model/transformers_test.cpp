@@ -185,7 +185,7 @@ TEST_P(TransformersTest, PromptInSeveralCalls) { check_prompt(128, 301); }
 
 TEST_P(TransformersTest, GreedyContinuationWithCache) { check_continuation(512); }
 
-INSTANTIATE_TEST_SUITE_P(Fixtures, TransformersTest,
+INSTANTIATE_TEST_SUITE_P(SlowFixtures, TransformersTest,
                          testing::Values("group2_block16", "group8_block128", "group1_all_blocks",
                                          "group4_released"),
                          [](const auto& fixture) { return std::string(fixture.param); });
