@@ -63,9 +63,11 @@ void block_maxima(const IndexRequest& request, const IndexTile& tile, std::int64
 /// multiply-adds per score as in a panel.
 template <std::int64_t kRows, std::int64_t kVectors, class T, class Stride>
 HWY_INLINE void multiply_tokens(const float* const (&q)[kRows], const T* const (&tokens)[kVectors],
-                                Stride stride, std::int64_t dim, Sums<kRows, kVectors>& sums) {
+                                Stride stride, std::int64_t dim, PrefetchStream& ahead,
+                                Sums<kRows, kVectors>& sums) {
   const FloatTag d;
   const auto step = [&](std::int64_t k, std::int64_t count) HWY_ATTR {
+    ahead.advance(kVectors * lanes() * 16);
     FloatVector columns[kVectors][kPieceDims<T>];
 #pragma GCC unroll 2
     for (std::int64_t v = 0; v < kVectors; ++v) load_columns(tokens[v] + k, stride, columns[v]);
@@ -109,9 +111,9 @@ void few_rows_maxima(const T* block, std::int64_t token_stride, const IndexTile&
   }
   for (std::int64_t first = 0; first < num_tokens; first += kVectors * n) {
     const std::int64_t end = std::min(first + kVectors * n, num_tokens);
-    for (std::int64_t token = first; token < end; ++token) {
-      prefetch_row(block, token_stride, num_tokens, dim, token, next);
-    }
+    const std::int64_t row_bytes = dim * static_cast<std::int64_t>(sizeof(T));
+    PrefetchStream ahead(next, row_bytes, first);
+    if (token_stride == dim) touch_rows(block + first * token_stride, (end - first) * row_bytes);
     const T* tokens[kVectors];
     std::int64_t stride = token_stride;
     if (end - first == kVectors * n && dim % kPieceDims<T> == 0) {
@@ -127,7 +129,8 @@ void few_rows_maxima(const T* block, std::int64_t token_stride, const IndexTile&
     for (std::int64_t r = 0; r < kRows; ++r) {
       for (std::int64_t v = 0; v < kVectors; ++v) sums[r][v] = hn::Zero(d);
     }
-    with_stride(stride, [&](auto row) { multiply_tokens<kRows>(q, tokens, row, dim, sums); });
+    with_stride(stride,
+                [&](auto row) { multiply_tokens<kRows>(q, tokens, row, dim, ahead, sums); });
     for (std::int64_t r = 0; r < kRows; ++r) {
       for (std::int64_t v = 0; v < kVectors; ++v) {
         const std::int64_t visible = std::clamp<std::int64_t>(limit[r] - first - v * n, 0, n);

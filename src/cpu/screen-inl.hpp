@@ -79,7 +79,7 @@ HWY_INLINE bool encode_query(const float* q, std::int64_t dim, ScreenRow& row,
 
 template <std::int64_t kRows>
 HWY_INLINE void multiply_codes(const std::int8_t* tokens, std::int64_t, std::int64_t dim,
-                               const std::int16_t* const (&pairs)[kRows],
+                               const std::int16_t* const (&pairs)[kRows], PrefetchStream&,
                                FloatVector (&products)[kRows]) {
   for (std::int64_t r = 0; r < kRows; ++r) {
     std::int32_t sum = 0;
@@ -95,13 +95,14 @@ HWY_INLINE void multiply_codes(const std::int8_t* tokens, std::int64_t, std::int
 /// products[r] = <m_r, n_j> in lane j, for a vector of tokens whose codes are `stride` apart.
 template <std::int64_t kRows, class Stride>
 HWY_INLINE void multiply_codes(const std::int8_t* tokens, Stride stride, std::int64_t dim,
-                               const std::int16_t* const (&pairs)[kRows],
+                               const std::int16_t* const (&pairs)[kRows], PrefetchStream& ahead,
                                FloatVector (&products)[kRows]) {
   const hn::Repartition<std::int32_t, FloatTag> d32;
   const hn::Repartition<std::int16_t, FloatTag> d16;
   hn::Vec<decltype(d32)> sums[kRows], high_sums[kRows];
   for (std::int64_t r = 0; r < kRows; ++r) sums[r] = high_sums[r] = hn::Zero(d32);
   for (std::int64_t k = 0; k < dim; k += kCodesPerPiece) {
+    ahead.advance(lanes() * kCodesPerPiece);
     WordVector words[4];
     load_words(reinterpret_cast<const std::byte*>(tokens + k), stride, words);
 #pragma GCC unroll 4
@@ -142,8 +143,9 @@ void screen_block(const CodedBlock& block, std::int64_t dim, const ScreenRow* co
   for (std::int64_t r = 0; r < kRows; ++r) least[r] = most[r] = lowest;
   for (std::int64_t first = 0; first < block.num_tokens; first += n) {
     const std::int64_t count = std::min(n, block.num_tokens - first);
-    for (std::int64_t token = first; token < first + count; ++token) {
-      prefetch_row(block.codes, block.code_stride, block.num_tokens, dim, token, next);
+    PrefetchStream ahead(next, dim, first);
+    if (block.code_stride == dim) {
+      touch_rows(block.codes + first * block.code_stride, count * dim);
     }
     if (next_scales.data != nullptr) hwy::Prefetch(next_scales.data + first * next_scales.stride);
     const std::int8_t* tokens = block.codes + first * block.code_stride;
@@ -154,8 +156,8 @@ void screen_block(const CodedBlock& block, std::int64_t dim, const ScreenRow* co
       stride = round_up(dim, kCodesPerPiece);
     }
     FloatVector products[kRows];
-    with_stride(stride,
-                [&](auto row) HWY_ATTR { multiply_codes(tokens, row, dim, pairs, products); });
+    with_stride(stride, [&](auto row)
+                            HWY_ATTR { multiply_codes(tokens, row, dim, pairs, ahead, products); });
     HWY_ALIGN std::uint32_t pair[kMaxLanes] = {};
     const std::uint16_t* scales = block.scales + first * block.scale_stride;
     for (std::int64_t j = 0; j < count; ++j, scales += block.scale_stride) {

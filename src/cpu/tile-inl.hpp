@@ -250,6 +250,33 @@ HWY_INLINE void prefetch_row(const T* block, std::int64_t token_stride, std::int
   }
 }
 
+/// The part of the next block that lies where `first` tokens of this one are, to be asked for in
+/// even pieces while those are multiplied: a page lies anywhere, so no hardware prefetcher knows
+/// it, and a burst of requests would stop the arithmetic. Into the L2 cache, a whole block ahead.
+struct PrefetchStream {
+  const std::byte* data = nullptr;
+
+  PrefetchStream(const NextRows& next, std::int64_t row_bytes, std::int64_t first) {
+    if (next.data != nullptr && next.stride == row_bytes) data = next.data + first * row_bytes;
+  }
+  HWY_INLINE void advance(std::int64_t bytes) {
+    constexpr std::int64_t kLine = 64;
+    if (data == nullptr) return;
+    for (std::int64_t byte = 0; byte < bytes; byte += kLine) {
+      __builtin_prefetch(data + byte, 0, 2);
+    }
+    data += bytes;
+  }
+};
+
+/// Reads every cache line of contiguous rows once, in order: the transposition that follows jumps
+/// from row to row and would wait for each.
+HWY_INLINE void touch_rows(const void* rows, std::int64_t bytes) {
+  constexpr std::int64_t kLine = 64;
+  const auto* const lines = static_cast<const volatile char*>(rows);
+  for (std::int64_t byte = 0; byte < bytes; byte += kLine) static_cast<void>(lines[byte]);
+}
+
 /// Tokens [0, num_tokens) of a KV block become the columns of a panel of depth `dim`; columns up to
 /// the vector width are zero.
 template <class T>
