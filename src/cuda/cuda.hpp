@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The rows of the CUDA backends, for dispatch/lists.cpp.
+#pragma once
+
+#include "core/implementation.hpp"
+
+namespace msa::cuda::sm90 {}
+namespace msa::cuda::generic {}
