@@ -127,6 +127,8 @@ typedef struct msa_sparse_attention_forward {
   float softmax_scale;
   msa_tensor out;
   msa_tensor lse;
+  msa_tensor k_scale; /* optional, with k in e4m3 */
+  msa_tensor v_scale; /* optional, with v in e4m3 */
 } msa_sparse_attention_forward;
 
 typedef struct msa_dense_attention_forward {
@@ -139,6 +141,8 @@ typedef struct msa_dense_attention_forward {
   float softmax_scale;
   msa_tensor out;
   msa_tensor lse;
+  msa_tensor k_scale; /* optional, with k in e4m3 */
+  msa_tensor v_scale; /* optional, with v in e4m3 */
 } msa_dense_attention_forward;
 
 typedef struct msa_sparse_attention_backward {

@@ -116,6 +116,9 @@ struct SparseAttentionForward {
   float softmax_scale = 0.0f;  ///< 0 means 1 / sqrt(head_dim).
   TensorView out{};            ///< [total_q, num_q_heads, head_dim]
   TensorView lse{};  ///< f32 [total_q, num_q_heads], natural log, -inf for empty rows; optional.
+  TensorView k_scale{};  ///< f32 [num_kv_heads], what e4m3 elements of k are multiplied by; stride
+                         ///< 0 for one scale of all heads. Optional: 1.
+  TensorView v_scale{};  ///< The same for v.
 };
 
 /// Causal attention over every visible token: the comparison, and the dense layers of a model.
@@ -128,6 +131,8 @@ struct DenseAttentionForward {
   float softmax_scale = 0.0f;  ///< 0 means 1 / sqrt(head_dim).
   TensorView out{};            ///< [total_q, num_q_heads, head_dim]
   TensorView lse{};            ///< f32 [total_q, num_q_heads]; optional.
+  TensorView k_scale{};        ///< As in SparseAttentionForward.
+  TensorView v_scale{};        ///< As in SparseAttentionForward.
 };
 
 /// Gradients of SparseAttentionForward. Ragged keys only. The selection is a constant: keys of

@@ -150,7 +150,9 @@ msa::SparseAttentionForward to_cpp(const msa_sparse_attention_forward* given) {
           .block_ids = to_cpp(c.block_ids, "block_ids"),
           .softmax_scale = c.softmax_scale,
           .out = to_cpp(c.out, "out"),
-          .lse = to_cpp(c.lse, "lse")};
+          .lse = to_cpp(c.lse, "lse"),
+          .k_scale = to_cpp(c.k_scale, "k_scale"),
+          .v_scale = to_cpp(c.v_scale, "v_scale")};
 }
 
 msa::DenseAttentionForward to_cpp(const msa_dense_attention_forward* given) {
@@ -162,7 +164,9 @@ msa::DenseAttentionForward to_cpp(const msa_dense_attention_forward* given) {
           .v = to_cpp(c.v, "v"),
           .softmax_scale = c.softmax_scale,
           .out = to_cpp(c.out, "out"),
-          .lse = to_cpp(c.lse, "lse")};
+          .lse = to_cpp(c.lse, "lse"),
+          .k_scale = to_cpp(c.k_scale, "k_scale"),
+          .v_scale = to_cpp(c.v_scale, "v_scale")};
 }
 
 msa::SparseAttentionBackward to_cpp(const msa_sparse_attention_backward* given) {

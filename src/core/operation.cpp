@@ -134,6 +134,15 @@ void check_attention_inputs(const char* op, const Args& args) {
   check_batch(op, args.batch, args.q.shape[0], false);
 }
 
+/// The scale of each KV head of an e4m3 tensor.
+void check_scale(const char* op, const Problem& p, const char* scale_name, const TensorView& scale,
+                 const char* name, const TensorView& view) {
+  if (!scale.given()) return;
+  MSA_CHECK(view.dtype == DType::e4m3, op, ": ", scale_name, " is given, but ", name, " has dtype ",
+            name_of(view.dtype), ", not e4m3");
+  check_tensor(op, scale_name, scale, {DType::f32}, {{"num_kv_heads", p.num_kv_heads}});
+}
+
 template <class Args>
 void check_forward(const char* op, const Args& args) {
   const Problem& p = args.problem;
@@ -144,6 +153,8 @@ void check_forward(const char* op, const Args& args) {
              {"head_dim", p.head_dim});
   check_keys(op, "v", args.v, args.batch, p, {count, args.k.shape[0]},
              {"num_kv_heads", p.num_kv_heads}, {"head_dim", p.head_dim});
+  check_scale(op, p, "k_scale", args.k_scale, "k", args.k);
+  check_scale(op, p, "v_scale", args.v_scale, "v", args.v);
   check_tensor(op, "out", args.out, kFloats,
                {{"total_q", total_q}, {"num_q_heads", p.num_q_heads}, {"head_dim", p.head_dim}});
   if (args.lse.given()) {

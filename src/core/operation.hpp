@@ -69,6 +69,8 @@ void for_each_tensor(const SparseAttentionForward& args, Visit visit) {
   visit("block_ids", args.block_ids, Use::input);
   visit("out", args.out, Use::output);
   visit("lse", args.lse, Use::output);
+  visit("k_scale", args.k_scale, Use::input);
+  visit("v_scale", args.v_scale, Use::input);
 }
 
 template <class Visit>
@@ -79,6 +81,8 @@ void for_each_tensor(const DenseAttentionForward& args, Visit visit) {
   visit("v", args.v, Use::input);
   visit("out", args.out, Use::output);
   visit("lse", args.lse, Use::output);
+  visit("k_scale", args.k_scale, Use::input);
+  visit("v_scale", args.v_scale, Use::input);
 }
 
 template <class Visit>

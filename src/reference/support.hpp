@@ -87,13 +87,21 @@ std::vector<std::int64_t> support(const Args& args, const core::Sequence& sequen
   return T;
 }
 
+/// What elements of KV head r are multiplied by; 1 where no scale is given.
+inline double head_scale(const TensorView& scale, std::int64_t r) {
+  return scale.given() ? core::load(scale, r) : 1.0;
+}
+
 /// S[j] of query head h and the tokens T.
 template <class Args>
 std::vector<double> attention_scores(const Args& args, const core::Sequence& sequence,
                                      std::int64_t h, std::int64_t i,
                                      const std::vector<std::int64_t>& T) {
   const Problem& problem = args.problem;
-  const double scale = scale_or_default(args.softmax_scale, problem.head_dim);
+  double scale = scale_or_default(args.softmax_scale, problem.head_dim);
+  if constexpr (requires { args.k_scale; }) {
+    scale *= head_scale(args.k_scale, h / problem.group_size());
+  }
   const Row q = row_of(args.q, sequence.q_begin + i, h);
   std::vector<double> S;
   for (std::int64_t j : T) {
@@ -160,8 +168,9 @@ void attend(const Args& args, const core::Sequence& sequence, std::int64_t h, st
         token_row(args.v, args.batch, problem.block_size, sequence, h / problem.group_size(), T[t]);
     for (int d = 0; d < problem.head_dim; ++d) O[static_cast<std::size_t>(d)] += p * v[d];
   }
+  const double scale = head_scale(args.v_scale, h / problem.group_size());
   for (int d = 0; d < problem.head_dim; ++d) {
-    double o = sum == 0.0 ? 0.0 : O[static_cast<std::size_t>(d)] / sum;
+    double o = sum == 0.0 ? 0.0 : scale * O[static_cast<std::size_t>(d)] / sum;
     if (rounding == Rounding::bf16) o = static_cast<double>(static_cast<float>(o));
     core::store(args.out, o, row, h, d);
   }

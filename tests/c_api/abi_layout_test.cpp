@@ -73,18 +73,22 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_indexer, block_ids)}, 232},
                  {{FIELD(msa_indexer, index_k_codes)}, 336},
                  {{FIELD(msa_indexer, index_k_scales)}, 440}});
-  EXPECT_EQ(sizeof(msa_sparse_attention_forward), 656u);
+  EXPECT_EQ(sizeof(msa_sparse_attention_forward), 864u);
   expect_layout({{{FIELD(msa_sparse_attention_forward, q)}, 24},
                  {{FIELD(msa_sparse_attention_forward, k)}, 128},
                  {{FIELD(msa_sparse_attention_forward, v)}, 232},
                  {{FIELD(msa_sparse_attention_forward, block_ids)}, 336},
                  {{FIELD(msa_sparse_attention_forward, softmax_scale)}, 440},
                  {{FIELD(msa_sparse_attention_forward, out)}, 448},
-                 {{FIELD(msa_sparse_attention_forward, lse)}, 552}});
-  EXPECT_EQ(sizeof(msa_dense_attention_forward), 552u);
+                 {{FIELD(msa_sparse_attention_forward, lse)}, 552},
+                 {{FIELD(msa_sparse_attention_forward, k_scale)}, 656},
+                 {{FIELD(msa_sparse_attention_forward, v_scale)}, 760}});
+  EXPECT_EQ(sizeof(msa_dense_attention_forward), 760u);
   expect_layout({{{FIELD(msa_dense_attention_forward, softmax_scale)}, 336},
                  {{FIELD(msa_dense_attention_forward, out)}, 344},
-                 {{FIELD(msa_dense_attention_forward, lse)}, 448}});
+                 {{FIELD(msa_dense_attention_forward, lse)}, 448},
+                 {{FIELD(msa_dense_attention_forward, k_scale)}, 552},
+                 {{FIELD(msa_dense_attention_forward, v_scale)}, 656}});
   EXPECT_EQ(sizeof(msa_sparse_attention_backward), 1072u);
   expect_layout({{{FIELD(msa_sparse_attention_backward, block_ids)}, 336},
                  {{FIELD(msa_sparse_attention_backward, out)}, 440},

@@ -166,6 +166,13 @@ TEST(Validate, TensorsOfSparseAttentionForward) {
          "v has shape [19, 2, 64], expected [total_k=20, num_kv_heads=2, head_dim=64]");
   expect([](Args& a) { a.v.dtype = DType::i8; },
          "v has dtype i8, expected f32 or f16 or bf16 or f64 or e4m3");
+  expect([](Args& a) { a.k_scale = a.lse; }, "k_scale is given, but k has dtype f32, not e4m3");
+  expect(
+      [](Args& a) {
+        a.v.dtype = DType::e4m3;
+        a.v_scale = a.lse;
+      },
+      "v_scale has shape [3, 4], expected [num_kv_heads=2]");
   expect([](Args& a) { a.block_ids.shape[2] = 8; },
          "block_ids has shape [2, 3, 8], expected [num_kv_heads=2, total_q=3, top_k=4]");
   expect([](Args& a) { a.block_ids.dtype = DType::f32; }, "block_ids has dtype f32, expected i32");

@@ -394,6 +394,15 @@ void run_operation(int operation, ByteReader& bytes) {
   const std::vector<std::int64_t> scores = {p.num_kv_heads, total_q, request.num_blocks()};
   const std::vector<std::int64_t> ids = {p.num_kv_heads, total_q, p.top_k};
   const std::vector<std::int64_t> lse = {total_q, p.num_q_heads};
+  // Keys and values of the forward operations, some in e4m3 with scales.
+  const auto add_kv = [&](auto& a, std::vector<Field>& fields) {
+    const bool fp8 = request.flip();
+    fields.push_back({&a.k, kv, fp8 ? MSA_E4M3 : dtype});
+    fields.push_back({&a.v, kv, fp8 ? MSA_E4M3 : dtype});
+    if (!fp8 || !request.flip()) return;
+    fields.push_back({&a.k_scale, {p.num_kv_heads}, MSA_F32});
+    fields.push_back({&a.v_scale, {p.num_kv_heads}, MSA_F32});
+  };
   switch (operation) {
     case 0: {
       msa_indexer_scores a{};
@@ -422,20 +431,18 @@ void run_operation(int operation, ByteReader& bytes) {
     case 3: {
       msa_sparse_attention_forward a{};
       a.softmax_scale = bytes.one_of({0.0f, 1.0f, -1.0f, 1e30f});
-      std::vector<Field> fields = {{&a.q, q, dtype},
-                                   {&a.k, kv, dtype},
-                                   {&a.v, kv, dtype},
-                                   {&a.block_ids, ids, MSA_I32},
-                                   {&a.out, q, dtype}};
+      std::vector<Field> fields = {
+          {&a.q, q, dtype}, {&a.block_ids, ids, MSA_I32}, {&a.out, q, dtype}};
       if (request.flip()) fields.push_back({&a.lse, lse, wide});
+      add_kv(a, fields);
       return request.check(a, fields, msa_plan_sparse_attention_forward,
                            msa_run_sparse_attention_forward);
     }
     case 4: {
       msa_dense_attention_forward a{};
-      std::vector<Field> fields = {
-          {&a.q, q, dtype}, {&a.k, kv, dtype}, {&a.v, kv, dtype}, {&a.out, q, dtype}};
+      std::vector<Field> fields = {{&a.q, q, dtype}, {&a.out, q, dtype}};
       if (request.flip()) fields.push_back({&a.lse, lse, wide});
+      add_kv(a, fields);
       return request.check(a, fields, msa_plan_dense_attention_forward,
                            msa_run_dense_attention_forward);
     }

@@ -203,6 +203,45 @@ TEST(Attention, ReadsE4m3Keys) {
   EXPECT_EQ(attention.out_of(0), expected);
 }
 
+TEST(Attention, MultipliesE4m3ByTheScaleOfItsHead) {
+  const Problem problem{.num_q_heads = 2,
+                        .num_kv_heads = 2,
+                        .head_dim = 1,
+                        .index_dim = 1,
+                        .block_size = 16,
+                        .top_k = 1};
+  const core::Tensor q(DType::f64, {1, 2, 1});
+  const core::Tensor k(DType::e4m3, {1, 2, 1});
+  const core::Tensor v(DType::e4m3, {1, 2, 1});
+  const core::Tensor block_ids(DType::i32, {2, 1, 1});
+  const core::Tensor k_scale(DType::f32, {2});
+  const core::Tensor v_scale(DType::f32, {1});
+  const core::Tensor out(DType::f64, {1, 2, 1});
+  const core::Tensor lse(DType::f64, {1, 2});
+  set_values(q, {1.0, 1.0});
+  set_values(k, {1.0, 1.0});
+  set_values(v, {3.0, -5.0});
+  set_values(k_scale, {0.25, 8.0});
+  set_values(v_scale, {0.5});
+  core::store_i32(block_ids, 0, 0, 0, 0);
+  core::store_i32(block_ids, 0, 1, 0, 0);
+  TensorView one_scale = v_scale;  // of all heads
+  one_scale.shape[0] = 2;
+  one_scale.stride[0] = 0;
+  reference::sparse_attention_forward({.problem = problem,
+                                       .q = q,
+                                       .k = k,
+                                       .v = v,
+                                       .block_ids = block_ids,
+                                       .softmax_scale = 1.0f,
+                                       .out = out,
+                                       .lse = lse,
+                                       .k_scale = k_scale,
+                                       .v_scale = one_scale});
+  EXPECT_EQ(values_of(out), (std::vector<double>{1.5, -2.5}));
+  EXPECT_EQ(values_of(lse), (std::vector<double>{0.25, 8.0}));
+}
+
 TEST(Attention, GroupsOfHeadsShareOneKvHead) {
   const Problem problem{.num_q_heads = 4,
                         .num_kv_heads = 2,
