@@ -64,9 +64,9 @@ void DeviceStream::wait() const {
   MSA_CUDA_CHECK(cudaGetLastError());
   const auto begin = std::chrono::steady_clock::now();
   for (;;) {
-    const cudaError_t status = cudaStreamQuery(native(stream()));
-    if (status != cudaErrorNotReady) {
-      MSA_CUDA_CHECK(status);
+    const cudaError_t kernels = cudaStreamQuery(native(stream()));
+    if (kernels != cudaErrorNotReady) {
+      MSA_CUDA_CHECK(kernels);
       return;
     }
     const auto waited = std::chrono::steady_clock::now() - begin;
