@@ -6,6 +6,7 @@
 
 #include "core/check.hpp"
 #include "reference/support.hpp"
+#include "tests/support/device.hpp"
 #include "tests/support/guarded_tensor.hpp"
 
 namespace msa::testing {
@@ -15,12 +16,11 @@ namespace {
 // n * u / (1 - n * u) of the exact one, relative to the sum of magnitudes; 1.01 * n * u covers the
 // denominator for n below 10^5.
 constexpr double kU = 0x1p-24;
-double gamma(double n) { return 1.01 * n * kU; }
+double gamma(double n, const Arithmetic& arithmetic) { return 1.01 * n * arithmetic.step; }
 
 // Rounded operations beside sums: scaling a score, the change to base 2, the subtraction of the
-// maximum (each relative to the score), and a vector exp (assumed within 8 u relative).
+// maximum (each relative to the score).
 constexpr double kScoreSteps = 4.0;
-constexpr double kExpSteps = 8.0;
 
 double magnitude_dot(const reference::Row& a, const reference::Row& b, std::int64_t dim) {
   double sum = 0.0;
@@ -29,15 +29,16 @@ double magnitude_dot(const reference::Row& a, const reference::Row& b, std::int6
 }
 
 /// Error of one score: the dot product's and its scaling's.
-double score_error(const reference::Row& a, const reference::Row& b, std::int64_t dim,
-                   double scale) {
+double score_error(const reference::Row& a, const reference::Row& b, std::int64_t dim, double scale,
+                   const Arithmetic& arithmetic) {
   const double error =
-      gamma(static_cast<double>(dim) + 2) * std::fabs(scale) * magnitude_dot(a, b, dim);
+      gamma(static_cast<double>(dim) + 2, arithmetic) * std::fabs(scale) * magnitude_dot(a, b, dim);
   return std::isfinite(error) ? error : 0.0;  // an infinite or NaN score is what it is in f32 too
 }
 
 template <class Args>
-std::vector<double> score_bounds_of(const Args& args, float index_scale, std::int64_t num_blocks) {
+std::vector<double> score_bounds_of(const Args& args, float index_scale, std::int64_t num_blocks,
+                                    const Arithmetic& arithmetic) {
   const Problem& p = args.problem;
   const double scale = reference::scale_or_default(index_scale, p.index_dim);
   const core::Sequences sequences(args);
@@ -58,7 +59,7 @@ std::vector<double> score_bounds_of(const Args& args, float index_scale, std::in
           for (std::int64_t j : tokens) {
             const reference::Row k =
                 reference::token_row(args.index_k, args.batch, p.block_size, sequence, 0, j);
-            bound = std::max(bound, score_error(q, k, p.index_dim, scale));
+            bound = std::max(bound, score_error(q, k, p.index_dim, scale, arithmetic));
           }
         }
       }
@@ -69,11 +70,11 @@ std::vector<double> score_bounds_of(const Args& args, float index_scale, std::in
 
 /// The bounds of one row and head. With S the exact scores, m their maximum, p = exp(S - m), and e
 /// the error of S[j] - m: the kernel's p lies within p_low = exp(S - m - e) and p_high = exp(S - m
-/// + e) (relative kExpSteps * u), so numerator and denominator move by at most the sums below; the
-/// quotient follows.
+/// + e) (relative arithmetic.exp), so numerator and denominator move by at most the sums below; the
+/// quotient follows. A rounded probability moves its product with V, not the sum.
 template <class Args>
 void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i, std::int64_t h,
-               AttentionBounds& bounds) {
+               const Arithmetic& arithmetic, AttentionBounds& bounds) {
   const Problem& p = args.problem;
   const std::int64_t r = h / p.group_size();
   const std::int64_t row = sequence.q_begin + i;
@@ -90,7 +91,8 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
     const reference::Row k =
         reference::token_row(args.k, args.batch, p.block_size, sequence, r, T[t]);
     const double magnitude = std::isfinite(S[t]) ? std::fabs(S[t]) : 0.0;
-    errors.push_back(score_error(q, k, p.head_dim, scale) + kScoreSteps * kU * magnitude);
+    errors.push_back(score_error(q, k, p.head_dim, scale, arithmetic) +
+                     kScoreSteps * kU * magnitude);
     if (S[t] == m) best = t;
   }
   const double n = static_cast<double>(T.size());
@@ -105,7 +107,7 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
     const double high = std::exp(std::min(S[t] - m + e, 300.0));
     // f32 flushes what is below its smallest normal number.
     double error = S[t] == -reference::kInfinity ? 0.0 : high - value + 0x1p-126;
-    error += gamma(kExpSteps + n) * value;
+    error += (1.01 * arithmetic.exp + gamma(n, arithmetic)) * value;
     probability.push_back(value);
     probability_error.push_back(error);
     sum += value;
@@ -113,27 +115,35 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
   }
   if (sum == 0.0) return;
   const double rest = std::max(sum - sum_error, 0x1p-126);
-  for (std::int64_t d = 0; d < p.head_dim; ++d) {
-    double out = 0.0;
-    double out_error = 0.0;
-    for (std::size_t t = 0; t < T.size(); ++t) {
-      const double v = reference::token_row(args.v, args.batch, p.block_size, sequence, r, T[t])[d];
-      out += probability[t] * v;
-      out_error += probability_error[t] * std::fabs(v) + gamma(n) * probability[t] * std::fabs(v);
+  const auto dim = static_cast<std::size_t>(p.head_dim);
+  std::vector<double> out(dim, 0.0);
+  std::vector<double> out_error(dim, 0.0);
+  const double product_error = gamma(n, arithmetic) + arithmetic.probability;
+  for (std::size_t t = 0; t < T.size(); ++t) {
+    const reference::Row v =
+        reference::token_row(args.v, args.batch, p.block_size, sequence, r, T[t]);
+    const double error = probability_error[t] + product_error * probability[t] +
+                         (probability[t] > 0.0 ? arithmetic.small_probability : 0.0);
+    for (std::size_t d = 0; d < dim; ++d) {
+      const double value = v[static_cast<std::int64_t>(d)];
+      out[d] += probability[t] * value;
+      out_error[d] += error * std::fabs(value);
     }
+  }
+  for (std::size_t d = 0; d < dim; ++d) {
     // Two more roundings: the reciprocal of the sum and its product.
-    const double quotient = std::fabs(out / sum);
-    bounds.out[stat * static_cast<std::size_t>(p.head_dim) + static_cast<std::size_t>(d)] =
-        (out_error + quotient * sum_error) / rest + 2 * kU * quotient;
+    const double quotient = std::fabs(out[d] / sum);
+    bounds.out[stat * dim + d] = (out_error[d] + quotient * sum_error) / rest + 2 * kU * quotient;
   }
   const double worst = *std::max_element(errors.begin(), errors.end());
   const double lse = std::fabs(m + std::log(sum));
   // log(sum of exp) moves no more than its scores do; then the sum, the log and the change of base.
-  bounds.lse[stat] = worst + gamma(n + kExpSteps) + kScoreSteps * kU * (1 + std::log(n) + lse);
+  bounds.lse[stat] = worst + 1.01 * arithmetic.exp + gamma(n, arithmetic) + arithmetic.log +
+                     kScoreSteps * kU * (1 + std::log(n) + lse);
 }
 
 template <class Args>
-AttentionBounds attention_bounds_of(const Args& args) {
+AttentionBounds attention_bounds_of(const Args& args, const Arithmetic& arithmetic) {
   const core::Sequences sequences(args);
   AttentionBounds bounds;
   bounds.out.resize(static_cast<std::size_t>(args.out.num_elements()), 0.0);
@@ -141,7 +151,7 @@ AttentionBounds attention_bounds_of(const Args& args) {
   for (std::int64_t n = 0; n < sequences.size(); ++n) {
     for (std::int64_t i = 0; i < sequences[n].q_len; ++i) {
       for (std::int64_t h = 0; h < args.problem.num_q_heads; ++h) {
-        bound_row(args, sequences[n], i, h, bounds);
+        bound_row(args, sequences[n], i, h, arithmetic, bounds);
       }
     }
   }
@@ -181,19 +191,35 @@ double ulp(DType dtype) {
   return 0.0;
 }
 
-std::vector<double> score_bounds(const IndexerScores& args) {
-  return score_bounds_of(args, args.index_scale, args.block_scores.shape[2]);
+Arithmetic arithmetic_of(const std::string& backend, DType dtype) {
+  if (!runs_on_device(backend)) return {};
+  // A tensor core adds 16 products and the running sum in one step (k = 16): it aligns them to the
+  // largest, cuts each below 24 bits, and cuts the result: 18 errors of at most 2^-23 per 16 terms.
+  // Sums on ordinary cores, and the rare rescaling of a running sum, are within that too.
+  // ex2.approx and lg2.approx are within 2^-22 (PTX ISA).
+  Arithmetic arithmetic{.step = 18.0 / 16.0 * 0x1p-23, .exp = 0x1p-22, .log = 0x1p-22};
+  if (dtype == DType::bf16) arithmetic.probability = 0x1p-8;
+  if (dtype == DType::f16) {
+    arithmetic.probability = 0x1p-11;
+    arithmetic.small_probability = 0x1p-25;
+  }
+  return arithmetic;
 }
 
-std::vector<double> score_bounds(const Indexer& args, std::int64_t num_blocks) {
-  return score_bounds_of(args, 0.0f, num_blocks);
+std::vector<double> score_bounds(const IndexerScores& args, const Arithmetic& arithmetic) {
+  return score_bounds_of(args, args.index_scale, args.block_scores.shape[2], arithmetic);
 }
 
-AttentionBounds attention_bounds(const SparseAttentionForward& args) {
-  return attention_bounds_of(args);
+std::vector<double> score_bounds(const Indexer& args, std::int64_t num_blocks,
+                                 const Arithmetic& arithmetic) {
+  return score_bounds_of(args, 0.0f, num_blocks, arithmetic);
 }
-AttentionBounds attention_bounds(const DenseAttentionForward& args) {
-  return attention_bounds_of(args);
+
+AttentionBounds attention_bounds(const SparseAttentionForward& args, const Arithmetic& arithmetic) {
+  return attention_bounds_of(args, arithmetic);
+}
+AttentionBounds attention_bounds(const DenseAttentionForward& args, const Arithmetic& arithmetic) {
+  return attention_bounds_of(args, arithmetic);
 }
 
 double max_difference(const TensorView& emulated, const TensorView& reference) {

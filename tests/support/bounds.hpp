@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How far an f32-accumulating implementation may be from the reference, derived from the inputs,
-// and the comparison that uses it.
+// How far an implementation that accumulates in f32 may be from the reference, derived from the
+// inputs, and the comparison that uses it.
 #pragma once
 
 #include <string>
@@ -14,17 +14,36 @@ namespace msa::testing {
 /// Spacing of the format relative to a number of its normal range: 2^-7 for bf16.
 double ulp(DType dtype);
 
+/// How an implementation computes; the default is f32, every operation rounded to nearest.
+struct Arithmetic {
+  /// Relative error that one term of a sum adds, to the sum of magnitudes.
+  double step = 0x1p-24;
+  /// Relative error of exp and absolute error of log (those that are not rounded operations).
+  double exp = 8 * 0x1p-24;
+  double log = 0.0;
+  /// Rounding of the probabilities before they multiply V: relative, and absolute for those below
+  /// the format's normal range.
+  double probability = 0.0;
+  double small_probability = 0.0;
+};
+
+/// That of a backend for V of a dtype.
+Arithmetic arithmetic_of(const std::string& backend, DType dtype);
+
 /// For each element of block_scores, row-major: the error of scores accumulated in f32.
-std::vector<double> score_bounds(const IndexerScores& args);
-std::vector<double> score_bounds(const Indexer& args, std::int64_t num_blocks);
+std::vector<double> score_bounds(const IndexerScores& args, const Arithmetic& arithmetic = {});
+std::vector<double> score_bounds(const Indexer& args, std::int64_t num_blocks,
+                                 const Arithmetic& arithmetic = {});
 
 /// For each element of out and of lse, row-major.
 struct AttentionBounds {
   std::vector<double> out;
   std::vector<double> lse;
 };
-AttentionBounds attention_bounds(const SparseAttentionForward& args);
-AttentionBounds attention_bounds(const DenseAttentionForward& args);
+AttentionBounds attention_bounds(const SparseAttentionForward& args,
+                                 const Arithmetic& arithmetic = {});
+AttentionBounds attention_bounds(const DenseAttentionForward& args,
+                                 const Arithmetic& arithmetic = {});
 
 /// The largest error seen, and the first element that broke the rule.
 struct Comparison {

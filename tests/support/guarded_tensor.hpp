@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,9 @@ class GuardedTensor {
   const TensorView& view() const { return view_; }
   operator const TensorView&() const { return view_; }
   bool given() const { return view_.given(); }
+
+  /// Elements, gaps and guard bands.
+  std::span<std::byte> bytes() const { return buffer_.span(); }
 
   /// The same bytes at another address.
   GuardedTensor clone() const;

@@ -349,6 +349,14 @@ std::string Inputs::changed() {
   return text;
 }
 
+std::vector<std::span<std::byte>> Inputs::buffers() {
+  std::vector<std::span<std::byte>> all;
+  for_each_tensor([&](const char*, const GuardedTensor& tensor) {
+    if (tensor.given()) all.push_back(tensor.bytes());
+  });
+  return all;
+}
+
 template <>
 IndexerScores Inputs::args() {
   return {.problem = spec.problem, .batch = batch, .index_q = index_q, .index_k = index_k};
@@ -480,6 +488,12 @@ std::string Outputs::difference(const Outputs& other) const {
     if (!text.empty()) return std::string("output ") + tensors_[i].name + ": " + text;
   }
   return "";
+}
+
+std::vector<std::span<std::byte>> Outputs::buffers() const {
+  std::vector<std::span<std::byte>> all;
+  for (const Named& named : tensors_) all.push_back(named.tensor.bytes());
+  return all;
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): the argument is a type

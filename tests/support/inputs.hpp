@@ -5,7 +5,9 @@
 
 #include <deque>
 #include <random>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/operation.hpp"
 #include "tests/cases.hpp"
@@ -30,6 +32,8 @@ class Inputs {
 
   /// "" or which input was written to.
   std::string changed();
+  /// The whole memory of every tensor.
+  std::vector<std::span<std::byte>> buffers();
 
   Case spec;
   Batch batch{};
@@ -96,6 +100,8 @@ class Outputs {
   std::string damaged() const;
   /// "" or the first difference in any byte.
   std::string difference(const Outputs& other) const;
+  /// The whole memory of every tensor.
+  std::vector<std::span<std::byte>> buffers() const;
 
  private:
   struct Named {

@@ -3,25 +3,130 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
+#include "core/check.hpp"
 #include "msa/error.hpp"
 #include "reference/reference.hpp"
 #include "tests/support/bounds.hpp"
+#include "tests/support/device.hpp"
 
 namespace msa::testing {
 namespace {
 
-/// Runs a plan in a workspace full of NaN that ends in a guard band; "" or what it broke.
+constexpr std::byte kUnwritten{0xff};  // NaN in every float format
+
+/// A plan on host tensors or, through copies in its memory, on a GPU.
 template <class Args>
-std::string run_guarded(const Plan<Args>& plan, const Args& args) {
-  constexpr std::size_t kGuardBytes = 64;
-  const core::HostBuffer memory(plan.workspace_bytes() + kGuardBytes);
-  std::memset(memory.data(), 0xff, memory.size());
-  plan.run(args, memory.span().first(plan.workspace_bytes()));
-  for (const std::byte guard : memory.span().subspan(plan.workspace_bytes())) {
-    if (guard != std::byte{0xff}) return "wrote behind its workspace";
+class Runner {
+ public:
+  Runner(Inputs& inputs, const char* backend, Args args, const Outputs& outputs)
+      : on_device_(runs_on_device(backend)), args_(args), host_inputs_(inputs.buffers()) {
+    // args_ is ours to change.
+    const auto for_each_view = [&](const auto& change) {
+      core::for_each_tensor(args_, [&](const char*, const TensorView& view, core::Use) {
+        if (view.given()) change(const_cast<TensorView&>(view));
+      });
+    };
+    if (on_device_) {
+      for_each_view([](TensorView& view) { view.device = {DeviceType::cuda, 0}; });
+    }
+    plan_ = msa::plan(args_, {.backend = backend});
+    const std::size_t size = plan_.workspace_bytes() + kGuardBytes;
+    if (on_device_) {
+      device_outputs_ = outputs.buffers();
+      std::vector<std::span<std::byte>> buffers = host_inputs_;
+      buffers.insert(buffers.end(), device_outputs_.begin(), device_outputs_.end());
+      for_each_view([&](TensorView& view) { view = mirror_.at(view, buffers); });
+      stream_.emplace();
+      device_workspace_.emplace(size);
+    }
+    workspace_ = core::HostBuffer(size);
   }
-  return "";
+
+  /// Runs into the given host outputs, which `args` names; "" or what was broken.
+  std::string run(const Args& args, const Outputs& outputs, bool as_graph) {
+    std::memset(workspace_.data(), static_cast<int>(kUnwritten), workspace_.size());
+    if (on_device_) {
+      run_on_device(outputs, as_graph);
+    } else {
+      plan_.run(args, workspace_.span().first(plan_.workspace_bytes()));
+    }
+    for (const std::byte guard : workspace_.span().subspan(plan_.workspace_bytes())) {
+      if (guard != kUnwritten) return "wrote behind its workspace";
+    }
+    return "";
+  }
+
+  /// "" or which input differs in the GPU's memory from what was copied there.
+  std::string changed() const {
+    for (const std::span<std::byte> host : host_inputs_) {
+      const DeviceBuffer* device = on_device_ ? mirror_.find(host) : nullptr;
+      if (device == nullptr) continue;
+      const core::HostBuffer copy(host.size());
+      device->download(copy.span());
+      const auto differs =
+          std::mismatch(host.begin(), host.end(), copy.data()).first - host.begin();
+      if (static_cast<std::size_t>(differs) != host.size()) {
+        return core::concat("an input of ", host.size(), " bytes was changed at byte ", differs);
+      }
+    }
+    return "";
+  }
+
+ private:
+  // Whole pages, so that a tile too many is seen.
+  static constexpr std::size_t kGuardBytes = 4096;
+
+  void run_on_device(const Outputs& outputs, bool as_graph) {
+    const std::vector<std::span<std::byte>> host = outputs.buffers();
+    for (std::size_t i = 0; i < host.size(); ++i) mirror_.find(device_outputs_[i])->upload(host[i]);
+    device_workspace_->upload(workspace_.span());
+    const auto enqueue = [&](Stream stream) {
+      plan_.run(args_, device_workspace_->span().first(plan_.workspace_bytes()), stream);
+    };
+    if (as_graph) {
+      stream_->run_as_graph(enqueue);
+    } else {
+      enqueue(stream_->stream());
+      stream_->wait();
+    }
+    device_workspace_->download(workspace_.span());
+    for (std::size_t i = 0; i < host.size(); ++i) {
+      mirror_.find(device_outputs_[i])->download(host[i]);
+    }
+  }
+
+  bool on_device_;
+  Args args_;
+  std::vector<std::span<std::byte>> host_inputs_;
+  std::vector<std::span<std::byte>> device_outputs_;  ///< the host buffers that were mirrored
+  DeviceMirror mirror_;
+  std::optional<DeviceStream> stream_;
+  std::optional<DeviceBuffer> device_workspace_;
+  core::HostBuffer workspace_;
+  Plan<Args> plan_;
+};
+
+/// All runs of a backend, the first into `outputs`; "" or what was broken.
+template <class Args>
+std::string run_all(Inputs& inputs, const char* backend, const Args& args, const Outputs& outputs,
+                    const Effort& effort) {
+  Runner<Args> runner(inputs, backend, args, outputs);
+  std::string broken = runner.run(args, outputs, /*as_graph=*/false);
+  const int num_repeats = effort.num_runs - 1 + (effort.graph ? 1 : 0);
+  for (int i = 0; i < num_repeats && broken.empty(); ++i) {
+    auto repeated = inputs.args<Args>();
+    const Outputs repeated_outputs(inputs, repeated);
+    const bool as_graph = effort.graph && i == num_repeats - 1;
+    broken = runner.run(repeated, repeated_outputs, as_graph);
+    if (!broken.empty()) break;
+    const std::string difference = outputs.difference(repeated_outputs);
+    if (difference.empty()) continue;
+    broken = core::concat(as_graph ? "a graph replay differs from a run: " : "two runs differ: ",
+                          difference);
+  }
+  return broken.empty() ? runner.changed() : broken;
 }
 
 void take(Outcome& outcome, const Comparison& comparison) {
@@ -30,12 +135,13 @@ void take(Outcome& outcome, const Comparison& comparison) {
   if (outcome.detail.empty()) outcome.detail = comparison.failure;
 }
 
-void judge(Inputs& inputs, const IndexerScores& args, Outcome& outcome) {
+void judge(Inputs& inputs, const IndexerScores& args, const Arithmetic& arithmetic,
+           Outcome& outcome) {
   auto exact = inputs.args<IndexerScores>();
   const Outputs outputs(inputs, exact, /*wide=*/true);
   reference::indexer_scores(exact);
-  take(outcome,
-       compare("block_scores", args.block_scores, exact.block_scores, score_bounds(args), 0.0));
+  take(outcome, compare("block_scores", args.block_scores, exact.block_scores,
+                        score_bounds(args, arithmetic), 0.0));
 }
 
 void judge(Inputs& inputs, const SelectTopK&, Outcome& outcome, const Outputs& actual) {
@@ -45,11 +151,11 @@ void judge(Inputs& inputs, const SelectTopK&, Outcome& outcome, const Outputs& a
   outcome.detail = actual.difference(outputs);
 }
 
-void judge(Inputs& inputs, const Indexer& args, Outcome& outcome) {
+void judge(Inputs& inputs, const Indexer& args, const Arithmetic& arithmetic, Outcome& outcome) {
   auto exact = inputs.args<IndexerScores>();
   const Outputs outputs(inputs, exact, /*wide=*/true);
   reference::indexer_scores(exact);
-  std::vector<double> band = score_bounds(args, inputs.num_blocks);
+  std::vector<double> band = score_bounds(args, inputs.num_blocks, arithmetic);
   // Sums of small integers and zeros are exact in f32, so the ids are known exactly.
   const bool exact_scores =
       inputs.spec.values == Values::ties || inputs.spec.values == Values::zeros;
@@ -58,31 +164,34 @@ void judge(Inputs& inputs, const Indexer& args, Outcome& outcome) {
 }
 
 /// Probabilities that a kernel rounds to f16 or bf16 before they multiply V are part of its budget:
-/// for bf16 the emulation's distance from the exact result, twice (house rule). f32 and f16 kernels
-/// keep them in f32, which the bounds cover.
+/// on a GPU by a derived term of the bounds; on the CPU for bf16 by the emulation's distance from
+/// the exact result, twice (house rule). f32 and f16 kernels of the CPU keep them in f32.
 template <class Args, class Run>
-void judge_attention(Inputs& inputs, const Args& args, Outcome& outcome, Run run) {
+void judge_attention(Inputs& inputs, const Args& args, const Arithmetic& arithmetic,
+                     Outcome& outcome, Run run) {
   auto exact = inputs.args<Args>();
   const Outputs exact_outputs(inputs, exact, /*wide=*/true);
   run(exact, reference::Rounding::exact);
   double allowance = 0.0;
-  if (inputs.spec.dtype == DType::bf16) {
+  if (inputs.spec.dtype == DType::bf16 && arithmetic.probability == 0.0) {
     auto emulated = inputs.args<Args>();
     const Outputs emulated_outputs(inputs, emulated);
     run(emulated, reference::Rounding::bf16);
     allowance = 2.0 * max_difference(emulated.out, exact.out);
   }
-  const AttentionBounds bounds = attention_bounds(args);
+  const AttentionBounds bounds = attention_bounds(args, arithmetic);
   take(outcome, compare("out", args.out, exact.out, bounds.out, allowance));
   take(outcome, compare("lse", args.lse, exact.lse, bounds.lse, 0.0));
 }
 
-void judge(Inputs& inputs, const SparseAttentionForward& args, Outcome& outcome) {
-  judge_attention(inputs, args, outcome, reference::sparse_attention_forward);
+void judge(Inputs& inputs, const SparseAttentionForward& args, const Arithmetic& arithmetic,
+           Outcome& outcome) {
+  judge_attention(inputs, args, arithmetic, outcome, reference::sparse_attention_forward);
 }
 
-void judge(Inputs& inputs, const DenseAttentionForward& args, Outcome& outcome) {
-  judge_attention(inputs, args, outcome, reference::dense_attention_forward);
+void judge(Inputs& inputs, const DenseAttentionForward& args, const Arithmetic& arithmetic,
+           Outcome& outcome) {
+  judge_attention(inputs, args, arithmetic, outcome, reference::dense_attention_forward);
 }
 
 void judge(Inputs& inputs, const AppendKv&, Outcome& outcome, const Outputs& actual) {
@@ -109,27 +218,23 @@ const char* name_of(Outcome::Status status) {
 }
 
 template <class Args>
-Outcome verify(Inputs& inputs, const char* backend) {
+Outcome verify(Inputs& inputs, const char* backend, const Effort& effort) {
+  using Status = Outcome::Status;
   if (!inputs.supports<Args>()) {
-    return {.status = Outcome::Status::not_applicable, .detail = "not defined for this case"};
+    return {.status = Status::not_applicable, .detail = "not defined for this case"};
+  }
+  if (runs_on_device(backend)) {
+    const std::string reason = why_no_device();
+    if (!reason.empty()) return {.status = Status::declined, .detail = reason};
   }
   auto args = inputs.args<Args>();
   const Outputs outputs(inputs, args);
   Outcome outcome;
   try {
-    const Plan<Args> plan = msa::plan(args, {.backend = backend});
-    outcome.detail = run_guarded(plan, args);
-    auto repeated = inputs.args<Args>();
-    const Outputs repeated_outputs(inputs, repeated);
-    if (outcome.detail.empty()) outcome.detail = run_guarded(plan, repeated);
-    if (outcome.detail.empty()) {
-      const std::string difference = outputs.difference(repeated_outputs);
-      if (!difference.empty()) outcome.detail = "two runs differ: " + difference;
-    }
+    outcome.detail = run_all(inputs, backend, args, outputs, effort);
   } catch (const Error& error) {
     const bool declined = error.code() == ErrorCode::unsupported;
-    return {.status = declined ? Outcome::Status::declined : Outcome::Status::failed,
-            .detail = error.what()};
+    return {.status = declined ? Status::declined : Status::failed, .detail = error.what()};
   }
   if (outcome.detail.empty()) outcome.detail = outputs.damaged();
   if (outcome.detail.empty()) outcome.detail = inputs.changed();
@@ -137,18 +242,18 @@ Outcome verify(Inputs& inputs, const char* backend) {
     if constexpr (requires { judge(inputs, args, outcome, outputs); }) {
       judge(inputs, args, outcome, outputs);
     } else {
-      judge(inputs, args, outcome);
+      judge(inputs, args, arithmetic_of(backend, inputs.spec.dtype), outcome);
     }
   }
-  if (!outcome.detail.empty()) outcome.status = Outcome::Status::failed;
+  if (!outcome.detail.empty()) outcome.status = Status::failed;
   return outcome;
 }
 
-template Outcome verify<IndexerScores>(Inputs&, const char*);
-template Outcome verify<SelectTopK>(Inputs&, const char*);
-template Outcome verify<Indexer>(Inputs&, const char*);
-template Outcome verify<SparseAttentionForward>(Inputs&, const char*);
-template Outcome verify<DenseAttentionForward>(Inputs&, const char*);
-template Outcome verify<AppendKv>(Inputs&, const char*);
+template Outcome verify<IndexerScores>(Inputs&, const char*, const Effort&);
+template Outcome verify<SelectTopK>(Inputs&, const char*, const Effort&);
+template Outcome verify<Indexer>(Inputs&, const char*, const Effort&);
+template Outcome verify<SparseAttentionForward>(Inputs&, const char*, const Effort&);
+template Outcome verify<DenseAttentionForward>(Inputs&, const char*, const Effort&);
+template Outcome verify<AppendKv>(Inputs&, const char*, const Effort&);
 
 }  // namespace msa::testing

@@ -28,21 +28,27 @@ struct Outcome {
 /// "passed", "failed", "declined", "not applicable"
 const char* name_of(Outcome::Status status);
 
-/// Checks one run of Args: values, guard bands of outputs and workspace, inputs untouched, a second
-/// run bitwise equal. `backend` is a name as in Options. Defined for the forward operations and
-/// AppendKv.
+/// How much verify() runs and judges.
+struct Effort {
+  int num_runs = 2;    ///< All bitwise equal.
+  bool graph = false;  ///< One replay of a CUDA graph, bitwise equal to the runs; GPU backends.
+};
+
+/// Checks runs of Args: values, guard bands of outputs and workspace, inputs untouched, all runs
+/// bitwise equal. `backend` is a name as in Options; one of a GPU gets copies of all tensors, gaps
+/// and guard bands included, in its memory. Defined for the forward operations and AppendKv.
 template <class Args>
-Outcome verify(Inputs& inputs, const char* backend);
+Outcome verify(Inputs& inputs, const char* backend, const Effort& effort = {});
 
 /// Calls visit(operation name, Outcome) for every operation that verify() is defined for.
 template <class Visit>
-void verify_all(Inputs& inputs, const char* backend, Visit visit) {
-  visit("IndexerScores", verify<IndexerScores>(inputs, backend));
-  visit("SelectTopK", verify<SelectTopK>(inputs, backend));
-  visit("Indexer", verify<Indexer>(inputs, backend));
-  visit("SparseAttentionForward", verify<SparseAttentionForward>(inputs, backend));
-  visit("DenseAttentionForward", verify<DenseAttentionForward>(inputs, backend));
-  visit("AppendKv", verify<AppendKv>(inputs, backend));
+void verify_all(Inputs& inputs, const char* backend, Visit visit, const Effort& effort = {}) {
+  visit("IndexerScores", verify<IndexerScores>(inputs, backend, effort));
+  visit("SelectTopK", verify<SelectTopK>(inputs, backend, effort));
+  visit("Indexer", verify<Indexer>(inputs, backend, effort));
+  visit("SparseAttentionForward", verify<SparseAttentionForward>(inputs, backend, effort));
+  visit("DenseAttentionForward", verify<DenseAttentionForward>(inputs, backend, effort));
+  visit("AppendKv", verify<AppendKv>(inputs, backend, effort));
 }
 
 }  // namespace msa::testing

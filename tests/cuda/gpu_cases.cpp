@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/cuda/gpu_cases.hpp"
+
+#include "core/check.hpp"
+
+namespace msa::testing {
+namespace {
+
+constexpr int kAlignedGap = 8;  // elements: 16 bytes, so that every stride is one of TMA's
+
+/// A length four times as long that stands to blocks of 64 as `length` does to blocks of 16.
+std::int64_t scaled(std::int64_t length) {
+  const std::int64_t rest = length % 16;
+  return 4 * length + (rest == 1 ? -3 : rest == 15 ? 3 : rest == 0 ? 0 : length % 3);
+}
+
+Problem m3(int num_q_heads = 64, int num_kv_heads = 4) {
+  return {.num_q_heads = num_q_heads, .num_kv_heads = num_kv_heads};
+}
+
+Problem shape(int group_size, int head_dim, int block_size, int top_k) {
+  return {.num_q_heads = 2 * group_size,
+          .num_kv_heads = 2,
+          .head_dim = head_dim,
+          .index_dim = head_dim,
+          .block_size = block_size,
+          .top_k = top_k};
+}
+
+/// Sequences of one document each, many of them empty or of one token.
+std::vector<Lengths> many_sequences() {
+  const std::vector<Lengths> pattern = {{1, 1},   {0, 0}, {3, 200}, {17, 17},   {0, 50},
+                                        {2, 129}, {8, 8}, {0, 0},   {31, 300},  {1, 128},
+                                        {5, 3},   {0, 0}, {64, 64}, {127, 127}, {1, 640}};
+  std::vector<Lengths> sequences;
+  for (int i = 0; i < 12; ++i) {
+    sequences.insert(sequences.end(), pattern.begin(), pattern.end());
+    if (i % 3 == 0) sequences.insert(sequences.end(), 5, Lengths{0, 0});
+  }
+  return sequences;
+}
+
+std::vector<Case> m3_cases() {
+  return {
+      {.name = "m3_prefill", .problem = m3(), .sequences = {{2048, 2048}}, .keys = Keys::paged},
+      {.name = "m3_ragged",
+       .problem = m3(),
+       .sequences = {{901, 901}, {0, 0}, {0, 77}, {500, 1300}},
+       .selection = Selection::any_order},
+      {.name = "m3_paged",
+       .problem = m3(),
+       .sequences = {{700, 700}, {130, 2900}},
+       .keys = Keys::paged,
+       .selection = Selection::any_order,
+       .row_gap = 0},
+      {.name = "m3_shared_pages",
+       .problem = m3(),
+       .sequences = {{150, 2300}, {150, 900}, {150, 150}},
+       .keys = Keys::shared_pages,
+       .give_offsets = false},
+      {.name = "m3_missing_pages",
+       .problem = m3(),
+       .sequences = {{200, 4100}, {64, 800}},
+       .keys = Keys::missing_pages},
+      {.name = "m3_long_prefix",
+       .problem = m3(),
+       .sequences = {{257, 8192}},
+       .keys = Keys::paged,
+       .row_gap = 0},
+      {.name = "m3_long_prefix_ragged", .problem = m3(), .sequences = {{193, 6001}, {65, 4097}}},
+      {.name = "m3_many_sequences", .problem = m3(), .sequences = many_sequences()},
+      {.name = "m3_many_sequences_paged",
+       .problem = m3(32, 2),
+       .sequences = many_sequences(),
+       .keys = Keys::paged},
+      {.name = "m3_before_the_first_key",
+       .problem = m3(32, 2),
+       .sequences = {{300, 170}, {200, 0}, {260, 258}}},
+      {.name = "m3_one_sequence_without_offsets",
+       .problem = m3(32, 2),
+       .sequences = {{611, 3001}},
+       .give_offsets = false,
+       .row_gap = 0},
+      {.name = "m3_scattered",
+       .problem = m3(),
+       .sequences = {{600, 3000}},
+       .selection = Selection::scattered},
+      {.name = "m3_scattered_pages",
+       .problem = m3(),
+       .sequences = {{300, 5000}, {300, 2000}},
+       .keys = Keys::paged,
+       .selection = Selection::scattered,
+       .give_offsets = false},
+      {.name = "m3_init_2_local_3",
+       .problem = {.num_init_blocks = 2, .num_local_blocks = 3},
+       .sequences = {{300, 4000}},
+       .keys = Keys::paged},
+      {.name = "m3_codes",
+       .problem = m3(),
+       .sequences = {{120, 3000}, {3, 2500}},
+       .keys = Keys::paged,
+       .index_codes = true},
+  };
+}
+
+std::vector<Case> special_values() {
+  std::vector<Case> cases;
+  const auto add = [&](const char* name, Values values) {
+    cases.push_back({.name = core::concat("m3_", name),
+                     .problem = m3(32, 2),
+                     .sequences = {{260, 3100}, {140, 140}},
+                     .values = values});
+    cases.push_back({.name = core::concat("m3_", name, "_paged"),
+                     .problem = m3(32, 2),
+                     .sequences = {{140, 140}, {260, 3100}},
+                     .keys = Keys::paged,
+                     .values = values,
+                     .selection = Selection::any_order});
+  };
+  add("ties", Values::ties);
+  add("zeros", Values::zeros);
+  add("infinities", Values::infinities);
+  add("nans", Values::nans);
+  add("large", Values::large);
+  return cases;
+}
+
+/// Every value of each parameter, not every combination.
+std::vector<Case> shapes() {
+  std::vector<Case> cases;
+  const int top_ks[] = {4, 8, 12, 16, 24, 32, 48, 64};
+  std::size_t next = 0;
+  for (const int group_size : {1, 2, 4, 8, 16}) {
+    for (const int head_dim : {64, 128}) {
+      for (const int block_size : {64, 128}) {
+        const int top_k = top_ks[next++ % 8];
+        cases.push_back(
+            {.name = core::concat("g", group_size, "_d", head_dim, "_b", block_size, "_k", top_k),
+             .problem = shape(group_size, head_dim, block_size, top_k),
+             .sequences = {{190, block_size * (top_k + 9) + 5}, {70, 70}},
+             .keys = next % 2 == 0 ? Keys::paged : Keys::ragged,
+             .selection = next % 3 == 0 ? Selection::any_order : Selection::indexer});
+      }
+    }
+  }
+  return cases;
+}
+
+void finish(std::vector<Case>& cases, DType dtype, std::vector<Case>& all) {
+  std::uint32_t seed = 101;
+  for (Case geometry : cases) {
+    geometry.seed = seed++;
+    // f16 differs from bf16 in conversions only; a few geometries cover those.
+    if (dtype == DType::f16 && geometry.seed % 5 != 0) continue;
+    geometry.dtype = dtype;
+    geometry.name = core::concat(geometry.name, "_", msa::name_of(dtype));
+    if (geometry.row_gap != 0) geometry.row_gap = kAlignedGap;
+    all.push_back(geometry);
+  }
+}
+
+}  // namespace
+
+std::vector<Case> scaled_cases() {
+  std::vector<Case> cases;
+  for (Case spec : all_cases()) {
+    const int head_dim = spec.problem.head_dim;
+    const bool takes_tiles = head_dim == 64 || head_dim == 128;
+    if (spec.dtype == DType::f32 || !takes_tiles || spec.problem.index_dim != head_dim) continue;
+    if (spec.problem.block_size == 16) {
+      spec.problem.block_size = 64;
+      for (Lengths& lengths : spec.sequences) lengths = {scaled(lengths.q), scaled(lengths.k)};
+    }
+    if (spec.row_gap != 0) spec.row_gap = kAlignedGap;
+    spec.name = core::concat("scaled_", spec.name);
+    cases.push_back(spec);
+  }
+  return cases;
+}
+
+std::vector<Case> large_cases() {
+  std::vector<Case> cases = m3_cases();
+  for (const std::vector<Case>& more : {special_values(), shapes()}) {
+    cases.insert(cases.end(), more.begin(), more.end());
+  }
+  std::vector<Case> all;
+  finish(cases, DType::bf16, all);
+  finish(cases, DType::f16, all);
+  return all;
+}
+
+}  // namespace msa::testing

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cases of the GPU tests: the shared table as it stands, the same geometries in shapes that
+// tensor-core kernels take, and larger ones aimed at how those kernels cut their work.
+#pragma once
+
+#include <vector>
+
+#include "tests/cases.hpp"
+
+namespace msa::testing {
+
+/// From all_cases(): 16-bit tensors, blocks of 64 tokens in place of 16 with all lengths scaled,
+/// strides that TMA can take.
+std::vector<Case> scaled_cases();
+
+/// M3 shapes and every group size, head_dim, block_size and top_k that issue 4 promises. Too large
+/// to be judged by the reference in every row.
+std::vector<Case> large_cases();
+
+}  // namespace msa::testing

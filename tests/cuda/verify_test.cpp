@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every case on both GPU backends, judged by the reference: values, guard bands, NaN poison in
+// everything that must not be read, repeated runs and a graph replay bitwise equal. A backend may
+// decline a request, with a reason that is printed and counted; what it has promised to take
+// (must_take) is a failure if declined.
+#include "tests/support/verify.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <map>
+#include <set>
+
+#include "core/check.hpp"
+#include "core/env.hpp"
+#include "tests/cuda/gpu_cases.hpp"
+#include "tests/support/device.hpp"
+
+namespace msa::testing {
+namespace {
+
+/// For work on one kernel: comma-separated lists in the environment that leave out the rest.
+bool wanted(const char* variable, const std::string& name) {
+  const std::string list = core::env(variable);
+  return list.empty() ||
+         core::concat(",", list, ",").find(core::concat(",", name, ",")) != std::string::npos;
+}
+
+/// $MSA_GPU_RUNS runs of each request and a graph replay.
+Effort repeated() {
+  const std::string runs = core::env("MSA_GPU_RUNS");
+  return {.num_runs = runs.empty() ? 20 : std::stoi(runs), .graph = true};
+}
+
+/// What a backend has promised for 16-bit tensors whose strides are multiples of 16 bytes.
+bool must_take(const std::string& backend, const std::string& operation, const Case& spec) {
+  const Problem& p = spec.problem;
+  const auto is_tile = [](int n) { return n == 64 || n == 128; };
+  const bool aligned = spec.row_gap % 8 == 0;
+  if (spec.dtype == DType::f32 || !aligned || !is_tile(p.head_dim) || !is_tile(p.index_dim)) {
+    return false;
+  }
+  if (backend == "cuda_generic") return true;
+  const bool prefill = operation == "Indexer" || operation == "SparseAttentionForward";
+  return prefill && is_tile(p.block_size) && p.top_k >= 4 && p.top_k <= 64 &&
+         p.group_size() <= 16 && (p.group_size() & (p.group_size() - 1)) == 0;
+}
+
+/// Counts per backend and operation over the whole program, printed at its end.
+class Totals : public ::testing::Environment {
+ public:
+  static Totals& get() {
+    static auto* totals = new Totals;  // gtest deletes environments
+    return *totals;
+  }
+
+  void add(const std::string& backend, const char* operation, const Case& spec,
+           const Outcome& outcome) {
+    using Status = Outcome::Status;
+    Counts& counts = counts_[{backend, operation}];
+    counts.passed += outcome.status == Status::passed ? 1 : 0;
+    counts.failed += outcome.status == Status::failed ? 1 : 0;
+    if (outcome.status != Status::declined) return;
+    ++counts.declined;
+    ++counts.reasons[outcome.detail];
+    if (must_take(backend, operation, spec)) {
+      ++counts.broken_promises;
+      if (counts.broken_promises == 1) counts.first_broken = spec.name + ": " + outcome.detail;
+    }
+  }
+
+  void TearDown() override {
+    for (const auto& [row, counts] : counts_) {
+      std::printf("TOTAL %-13s %-23s %4d passed %4d failed %4d declined %4d of them promised\n",
+                  row.first.c_str(), row.second.c_str(), counts.passed, counts.failed,
+                  counts.declined, counts.broken_promises);
+      for (const auto& [reason, count] : counts.reasons) {
+        std::printf("DECLINED %s %s %d x %s\n", row.first.c_str(), row.second.c_str(), count,
+                    reason.c_str());
+      }
+    }
+    for (const auto& [row, counts] : counts_) {
+      EXPECT_EQ(counts.broken_promises, 0) << row.first << " declined what it promised for "
+                                           << row.second << ", first " << counts.first_broken;
+    }
+  }
+
+ private:
+  struct Counts {
+    int passed = 0;
+    int failed = 0;
+    int declined = 0;
+    int broken_promises = 0;
+    std::string first_broken{};
+    std::map<std::string, int> reasons{};
+  };
+  std::map<std::pair<std::string, std::string>, Counts> counts_;
+};
+
+[[maybe_unused]] const auto* const kRegistered =
+    ::testing::AddGlobalTestEnvironment(&Totals::get());
+
+/// Both backends on one case.
+void verify_case(const Case& spec, const Effort& effort) {
+  ASSERT_EQ(why_no_device(), "");
+  Inputs inputs(spec);
+  const auto one = [&]<class Args>(const std::string& backend, const Args& args) {
+    const char* operation = core::operation_name(args);
+    if (!wanted("MSA_GPU_OPS", operation)) return;
+    const Outcome outcome = verify<Args>(inputs, backend.c_str(), effort);
+    if (outcome.status == Outcome::Status::not_applicable) return;
+    Totals::get().add(backend, operation, spec, outcome);
+    EXPECT_TRUE(outcome.ok()) << backend << ' ' << operation << ": " << outcome.detail;
+  };
+  for (const std::string backend : {"cuda_generic", "cuda_sm90"}) {
+    if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
+    one(backend, IndexerScores{});
+    one(backend, SelectTopK{});
+    one(backend, Indexer{});
+    one(backend, SparseAttentionForward{});
+    one(backend, DenseAttentionForward{});
+    one(backend, AppendKv{});
+  }
+}
+
+class GpuTable : public ::testing::TestWithParam<Case> {};
+TEST_P(GpuTable, MatchesTheReference) { verify_case(GetParam(), repeated()); }
+INSTANTIATE_TEST_SUITE_P(Table, GpuTable, ::testing::ValuesIn(all_cases()),
+                         [](const auto& test) { return test.param.name; });
+
+class GpuScaled : public ::testing::TestWithParam<Case> {};
+TEST_P(GpuScaled, MatchesTheReference) { verify_case(GetParam(), repeated()); }
+INSTANTIATE_TEST_SUITE_P(Table, GpuScaled, ::testing::ValuesIn(scaled_cases()),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace msa::testing
