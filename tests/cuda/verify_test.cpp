@@ -134,5 +134,14 @@ TEST_P(GpuScaled, MatchesTheReference) { verify_case(GetParam(), repeated()); }
 INSTANTIATE_TEST_SUITE_P(Table, GpuScaled, ::testing::ValuesIn(scaled_cases()),
                          [](const auto& test) { return test.param.name; });
 
+class GpuLarge : public ::testing::TestWithParam<Case> {};
+TEST_P(GpuLarge, MatchesTheReference) {
+  Effort effort = repeated();
+  effort.max_rows = 16;
+  verify_case(GetParam(), effort);
+}
+INSTANTIATE_TEST_SUITE_P(Table, GpuLarge, ::testing::ValuesIn(large_cases()),
+                         [](const auto& test) { return test.param.name; });
+
 }  // namespace
 }  // namespace msa::testing

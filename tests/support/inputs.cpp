@@ -38,6 +38,13 @@ void shuffle(std::vector<T>& items, std::mt19937& random) {
   }
 }
 
+template <class Args>
+void run_on_cpu(const Args& args) {
+  const auto plan = msa::plan(args, {.backend = "cpu"});
+  const core::HostBuffer workspace(plan.workspace_bytes());
+  plan.run(args, workspace.span());
+}
+
 GuardedTensor ints(const std::vector<std::int64_t>& shape, int gap,
                    const std::vector<double>& values) {
   GuardedTensor tensor(DType::i32, shape, gap, GuardedTensor::kPoison);
@@ -192,12 +199,20 @@ void Inputs::make_queries() {
   if (spec.values == Values::large) scale = spec.dtype == DType::f16 ? 6e3 : 1e20;
   q = filled({total_q, p.num_q_heads, p.head_dim}, scale);
   index_q = filled({total_q, p.num_kv_heads, p.index_dim}, scale);
-  dout = filled({total_q, p.num_q_heads, p.head_dim});
+  if (!is_large()) dout = filled({total_q, p.num_q_heads, p.head_dim});
   if (spec.keys != Keys::ragged) {
     new_k = filled({total_q, p.num_kv_heads, p.head_dim});
     new_v = filled({total_q, p.num_kv_heads, p.head_dim});
     new_index_k = filled({total_q, 1, p.index_dim});
   }
+}
+
+bool Inputs::is_large() const {
+  std::int64_t products = 0;
+  for (const Lengths& lengths : spec.sequences) {
+    products += lengths.q * lengths.k * spec.problem.num_kv_heads * spec.problem.index_dim;
+  }
+  return products > std::int64_t{1} << 27;  // a second of the reference
 }
 
 /// Near the end of each sequence, so that some queries attend them and some do not.
@@ -243,7 +258,7 @@ void Inputs::make_block_scores() {
                                GuardedTensor::kPoison);
   IndexerScores scores = args<IndexerScores>();
   scores.block_scores = block_scores;
-  reference::indexer_scores(scores);
+  is_large() ? run_on_cpu(scores) : reference::indexer_scores(scores);
   const core::Sequences sequences(scores);
   for (std::int64_t n = 0; n < sequences.size(); ++n) {
     const core::Sequence sequence = sequences[n];
@@ -268,7 +283,7 @@ void Inputs::make_block_ids() {
                             GuardedTensor::kPoison);
   Indexer selection = args<Indexer>();
   selection.block_ids = block_ids;
-  reference::indexer(selection);
+  is_large() ? run_on_cpu(selection) : reference::indexer(selection);
   if (spec.selection == Selection::indexer) return;
   const core::Sequences sequences(selection);
   for (std::int64_t row = 0; row < total_q; ++row) {

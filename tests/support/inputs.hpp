@@ -61,6 +61,8 @@ class Inputs {
   void make_block_scores();
   void make_block_ids();
   void make_forward_results();
+  /// Too large for the reference: the CPU backend makes scores and ids, and there is no dout.
+  bool is_large() const;
   GuardedTensor filled(const std::vector<std::int64_t>& shape, double scale = 1.0);
   GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim);
   double value(double scale);

@@ -12,6 +12,8 @@
 #include "core/scalar.hpp"
 #include "reference/reference.hpp"
 #include "tests/support/bounds.hpp"
+#include "tests/support/judge.hpp"
+#include "tests/support/sample.hpp"
 #include "tests/support/verify.hpp"
 
 namespace msa::testing {
@@ -216,6 +218,80 @@ TEST(Inputs, PlantSpecialValuesInsideRows) {
       EXPECT_EQ(tensor->damaged(), "");
     }
   }
+}
+
+// Ragged keys, pages, missing pages, queries before the first key: a sample of the queries of a
+// correct result passes, and its first row is the first row.
+TEST(Verify, JudgesASampleOfRows) {
+  for (const Keys keys : {Keys::ragged, Keys::paged, Keys::missing_pages}) {
+    Inputs inputs(Case{.sequences = {{30, 200}, {0, 5}, {9, 4}, {20, 20}},
+                       .keys = keys,
+                       .selection = Selection::any_order});
+    verify_all(inputs, "cpu",
+               [](const char* operation, const Outcome& outcome) {
+                 EXPECT_TRUE(outcome.ok()) << operation << ": " << outcome.detail;
+               },
+               {.max_rows = 12});
+  }
+  EXPECT_EQ(spread_rows(100, 1), std::vector<std::int64_t>{0});
+  const std::vector<std::int64_t> rows = spread_rows(1000, 12);
+  EXPECT_EQ(rows.front(), 0);
+  EXPECT_EQ(rows.back(), 999);
+  EXPECT_EQ(rows.size(), 12u);
+  EXPECT_TRUE(std::is_sorted(rows.begin(), rows.end()));
+  EXPECT_TRUE(spread_rows(0, 3).empty());
+}
+
+/// Verdicts of the CPU backend, and of the reference on rows, on a result of the reference that
+/// `spoil` has changed.
+template <class Args, class Run, class Spoil>
+std::pair<std::string, std::string> verdicts_on_spoiled(const Case& spec, Run run, Spoil spoil) {
+  Inputs inputs(spec);
+  auto args = inputs.args<Args>();
+  const Outputs outputs(inputs, args);
+  run(args);
+  spoil(args);
+  const Arithmetic arithmetic = arithmetic_of("cuda_sm90", spec.dtype);
+  const Sample<Args> sample(args, {3, 17, 30});
+  return {judge_by_cpu(spec, args, arithmetic, inputs.num_blocks).failure,
+          judge_by_reference(spec, sample.args(), arithmetic, inputs.num_blocks).failure};
+}
+
+TEST(Verdict, OfTheCpuBackendFindsWrongRows) {
+  const Case spec{.dtype = DType::bf16, .sequences = {{40, 400}, {20, 20}}};
+  const auto attend = [](auto& args) { reference::sparse_attention_forward(args); };
+  using Attention = SparseAttentionForward;
+  const auto untouched = verdicts_on_spoiled<Attention>(spec, attend, [](Attention&) {});
+  EXPECT_EQ(untouched.first, "");
+  EXPECT_EQ(untouched.second, "");
+  // Row 17 made from three of its four blocks.
+  const auto without_a_block = verdicts_on_spoiled<Attention>(spec, attend, [](Attention& args) {
+    const std::int32_t id = core::load_i32(args.block_ids, 0, 17, 1);
+    core::store_i32(args.block_ids, -1, 0, 17, 1);
+    reference::sparse_attention_forward(args);
+    core::store_i32(args.block_ids, id, 0, 17, 1);
+  });
+  EXPECT_NE(without_a_block.first, "");
+  EXPECT_NE(without_a_block.second, "");
+  // Heads exchanged in the values only: the LSE can't tell.
+  const auto exchanged = verdicts_on_spoiled<Attention>(spec, attend, [](Attention& args) {
+    for (std::int64_t d = 0; d < 64; ++d) {
+      core::store(args.out, core::load(args.out, 30, 1, d), 30, 0, d);
+    }
+  });
+  EXPECT_NE(exchanged.first, "");
+  EXPECT_NE(exchanged.second, "");
+  const auto select = [](Indexer& args) { reference::indexer(args); };
+  EXPECT_EQ(verdicts_on_spoiled<Indexer>(spec, select, [](Indexer&) {}).first, "");
+  const auto wrong_ids = verdicts_on_spoiled<Indexer>(spec, select, [](Indexer& args) {
+    std::int64_t worst = 0;  // the first id that row 3 does not have, for its first
+    for (std::int64_t slot = 0; slot < 4; ++slot) {
+      if (core::load_i32(args.block_ids, 1, 3, slot) == worst) ++worst;
+    }
+    core::store_i32(args.block_ids, static_cast<std::int32_t>(worst), 1, 3, 0);
+  });
+  EXPECT_NE(wrong_ids.first, "");
+  EXPECT_NE(wrong_ids.second, "");
 }
 
 TEST(Verify, ReportsAnUnknownBackendAsDeclined) {

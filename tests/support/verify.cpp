@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 
 #include "core/check.hpp"
 #include "msa/error.hpp"
 #include "reference/reference.hpp"
-#include "tests/support/bounds.hpp"
 #include "tests/support/device.hpp"
+#include "tests/support/judge.hpp"
+#include "tests/support/sample.hpp"
 
 namespace msa::testing {
 namespace {
@@ -129,19 +131,10 @@ std::string run_all(Inputs& inputs, const char* backend, const Args& args, const
   return broken.empty() ? runner.changed() : broken;
 }
 
-void take(Outcome& outcome, const Comparison& comparison) {
-  outcome.max_error = std::max(outcome.max_error, comparison.max_error);
-  outcome.max_ratio = std::max(outcome.max_ratio, comparison.max_ratio);
-  if (outcome.detail.empty()) outcome.detail = comparison.failure;
-}
-
-void judge(Inputs& inputs, const IndexerScores& args, const Arithmetic& arithmetic,
-           Outcome& outcome) {
-  auto exact = inputs.args<IndexerScores>();
-  const Outputs outputs(inputs, exact, /*wide=*/true);
-  reference::indexer_scores(exact);
-  take(outcome, compare("block_scores", args.block_scores, exact.block_scores,
-                        score_bounds(args, arithmetic), 0.0));
+void take(Outcome& outcome, const Verdict& verdict) {
+  outcome.max_error = std::max(outcome.max_error, verdict.max_error);
+  outcome.max_ratio = std::max(outcome.max_ratio, verdict.max_ratio);
+  if (outcome.detail.empty()) outcome.detail = verdict.failure;
 }
 
 void judge(Inputs& inputs, const SelectTopK&, Outcome& outcome, const Outputs& actual) {
@@ -151,54 +144,30 @@ void judge(Inputs& inputs, const SelectTopK&, Outcome& outcome, const Outputs& a
   outcome.detail = actual.difference(outputs);
 }
 
-void judge(Inputs& inputs, const Indexer& args, const Arithmetic& arithmetic, Outcome& outcome) {
-  auto exact = inputs.args<IndexerScores>();
-  const Outputs outputs(inputs, exact, /*wide=*/true);
-  reference::indexer_scores(exact);
-  std::vector<double> band = score_bounds(args, inputs.num_blocks, arithmetic);
-  // Sums of small integers and zeros are exact in f32, so the ids are known exactly.
-  const bool exact_scores =
-      inputs.spec.values == Values::ties || inputs.spec.values == Values::zeros;
-  if (exact_scores) std::fill(band.begin(), band.end(), 0.0);
-  outcome.detail = check_selection(args, values_of(exact.block_scores), band, inputs.num_blocks);
-}
-
-/// Probabilities that a kernel rounds to f16 or bf16 before they multiply V are part of its budget:
-/// on a GPU by a derived term of the bounds; on the CPU for bf16 by the emulation's distance from
-/// the exact result, twice (house rule). f32 and f16 kernels of the CPU keep them in f32.
-template <class Args, class Run>
-void judge_attention(Inputs& inputs, const Args& args, const Arithmetic& arithmetic,
-                     Outcome& outcome, Run run) {
-  auto exact = inputs.args<Args>();
-  const Outputs exact_outputs(inputs, exact, /*wide=*/true);
-  run(exact, reference::Rounding::exact);
-  double allowance = 0.0;
-  if (inputs.spec.dtype == DType::bf16 && arithmetic.probability == 0.0) {
-    auto emulated = inputs.args<Args>();
-    const Outputs emulated_outputs(inputs, emulated);
-    run(emulated, reference::Rounding::bf16);
-    allowance = 2.0 * max_difference(emulated.out, exact.out);
-  }
-  const AttentionBounds bounds = attention_bounds(args, arithmetic);
-  take(outcome, compare("out", args.out, exact.out, bounds.out, allowance));
-  take(outcome, compare("lse", args.lse, exact.lse, bounds.lse, 0.0));
-}
-
-void judge(Inputs& inputs, const SparseAttentionForward& args, const Arithmetic& arithmetic,
-           Outcome& outcome) {
-  judge_attention(inputs, args, arithmetic, outcome, reference::sparse_attention_forward);
-}
-
-void judge(Inputs& inputs, const DenseAttentionForward& args, const Arithmetic& arithmetic,
-           Outcome& outcome) {
-  judge_attention(inputs, args, arithmetic, outcome, reference::dense_attention_forward);
-}
-
 void judge(Inputs& inputs, const AppendKv&, Outcome& outcome, const Outputs& actual) {
   auto exact = inputs.args<AppendKv>();
   const Outputs outputs(inputs, exact);
   reference::append_kv(exact);
   outcome.detail = actual.difference(outputs);
+}
+
+/// By the reference: all rows, or a sample of them and the rest by the CPU backend.
+template <class Args>
+void judge_values(Inputs& inputs, const Args& args, const char* backend, const Effort& effort,
+                  Outcome& outcome) {
+  const Case& spec = inputs.spec;
+  const Arithmetic arithmetic = arithmetic_of(backend, spec.dtype);
+  if (effort.max_rows == 0 || inputs.total_q <= effort.max_rows) {
+    take(outcome, judge_by_reference(spec, args, arithmetic, inputs.num_blocks));
+    return;
+  }
+  take(outcome, judge_by_cpu(spec, args, arithmetic, inputs.num_blocks));
+  // A row of dense attention costs the reference several times as much.
+  const bool dense = std::is_same_v<Args, DenseAttentionForward>;
+  const std::int64_t num_rows =
+      dense ? std::min<std::int64_t>(effort.max_rows, 4) : effort.max_rows;
+  const Sample<Args> sample(args, spread_rows(inputs.total_q, num_rows));
+  take(outcome, judge_by_reference(spec, sample.args(), arithmetic, inputs.num_blocks));
 }
 
 }  // namespace
@@ -242,7 +211,7 @@ Outcome verify(Inputs& inputs, const char* backend, const Effort& effort) {
     if constexpr (requires { judge(inputs, args, outcome, outputs); }) {
       judge(inputs, args, outcome, outputs);
     } else {
-      judge(inputs, args, arithmetic_of(backend, inputs.spec.dtype), outcome);
+      judge_values(inputs, args, backend, effort, outcome);
     }
   }
   if (!outcome.detail.empty()) outcome.status = Status::failed;

@@ -32,6 +32,9 @@ const char* name_of(Outcome::Status status);
 struct Effort {
   int num_runs = 2;    ///< All bitwise equal.
   bool graph = false;  ///< One replay of a CUDA graph, bitwise equal to the runs; GPU backends.
+  /// Query rows that the reference judges, spread over all; the CPU backend judges the others, more
+  /// loosely. 0: the reference judges every row.
+  std::int64_t max_rows = 0;
 };
 
 /// Checks runs of Args: values, guard bands of outputs and workspace, inputs untouched, all runs
