@@ -28,8 +28,8 @@ std::optional<std::string> declines_index(const Args& args) {
   const Problem& p = args.problem;
   if (auto reason = declines_device(args, 90, true)) return reason;
   const DType dtype = args.index_q.dtype;
-  if (dtype != DType::bf16 && dtype != DType::f16) {
-    return core::concat("index_q is ", name_of(dtype), ", not bf16 or f16");
+  if (dtype != DType::bf16 && dtype != DType::f16 && dtype != DType::e4m3) {
+    return core::concat("index_q is ", name_of(dtype), ", not bf16, f16 or e4m3");
   }
   if (args.index_k.dtype != dtype) {
     return core::concat("index_q is ", name_of(dtype), " and index_k is ",

@@ -147,8 +147,17 @@ __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const 
   }
 }
 
-/// The row maxima of accumulators [kBegin, kBegin + kCount): of row lane / 4 in even lanes, of row
-/// lane / 4 + 8 in odd ones. Each lane gives away the row that its neighbour keeps. NaN loses.
+/// Joins the maxima of a thread's two rows over the quad: even lanes get row lane / 4, odd ones row
+/// lane / 4 + 8. Each lane gives away the row that its neighbour keeps.
+template <class T, class Max>
+__device__ __forceinline__ T quad_max(T row0, T row8, Max max_of) {
+  const bool odd = threadIdx.x % 2 != 0;
+  T keep = odd ? row8 : row0;
+  keep = max_of(keep, __shfl_xor_sync(~0u, odd ? row0 : row8, 1));
+  return max_of(keep, __shfl_xor_sync(~0u, keep, 2));
+}
+
+/// The row maxima of accumulators [kBegin, kBegin + kCount). NaN loses.
 template <int kBegin, int kCount>
 __device__ __forceinline__ float row_max(const float (&s)[64]) {
   float m[2][4];
@@ -157,12 +166,46 @@ __device__ __forceinline__ float row_max(const float (&s)[64]) {
     float& chain = m[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
     chain = i < 8 ? s[kBegin + i] : fmaxf(chain, s[kBegin + i]);
   }
-  const float row0 = fmaxf(fmaxf(m[0][0], m[0][1]), fmaxf(m[0][2], m[0][3]));
-  const float row8 = fmaxf(fmaxf(m[1][0], m[1][1]), fmaxf(m[1][2], m[1][3]));
-  const bool odd = threadIdx.x % 2 != 0;
-  float keep = odd ? row8 : row0;
-  keep = fmaxf(keep, __shfl_xor_sync(~0u, odd ? row0 : row8, 1));
-  return fmaxf(keep, __shfl_xor_sync(~0u, keep, 2));
+  return quad_max(fmaxf(fmaxf(m[0][0], m[0][1]), fmaxf(m[0][2], m[0][3])),
+                  fmaxf(fmaxf(m[1][0], m[1][1]), fmaxf(m[1][2], m[1][3])),
+                  [](float a, float b) { return fmaxf(a, b); });
+}
+
+/// The same with half the instructions: non-negative floats are ordered as their bits are, above
+/// negative ones. Where that says nothing (a negative maximum, or a NaN, whose bits win) the warp
+/// takes the other way.
+template <int kBegin, int kCount>
+__device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
+  int m[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto at = [&](int j) { return __float_as_int(s[kBegin + j / 2 * 4 + h * 2 + j % 2]); };
+    constexpr int kOwn = kCount / 2;
+    int x = at(0);
+    int y = at(1);
+#pragma unroll
+    for (int j = 2; j + 3 < kOwn; j += 4) {
+      x = __vimax3_s32(x, at(j), at(j + 1));
+      y = __vimax3_s32(y, at(j + 2), at(j + 3));
+    }
+    static_assert(kOwn % 4 == 0);
+    m[h] = max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y);
+  }
+  const int bits = quad_max(m[0], m[1], [](int a, int b) { return max(a, b); });
+  constexpr unsigned kInfinityBits = 0x7f800000;
+  if (__any_sync(~0u, static_cast<unsigned>(bits) > kInfinityBits))
+    return row_max<kBegin, kCount>(s);
+  return __int_as_float(bits);
+}
+
+/// 8-bit tiles take half the time, so that plain maxima would not hide behind them.
+template <class Element, int kBegin, int kCount>
+__device__ __forceinline__ float block_max(const float (&s)[64]) {
+  if constexpr (sizeof(Element) == 1) {
+    return row_max_of_bits<kBegin, kCount>(s);
+  } else {
+    return row_max<kBegin, kCount>(s);
+  }
 }
 
 /// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
@@ -280,10 +323,10 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
       }
     }
     if constexpr (kBlockSize == 128) {
-      finish_block(t, row_max<0, 64>(s), missing != 0);
+      finish_block(t, block_max<Element, 0, 64>(s), missing != 0);
     } else {
-      const float low = row_max<0, 32>(s);
-      finish_block(2 * t + 1, row_max<32, 32>(s), (missing & 2) != 0);
+      const float low = block_max<Element, 0, 32>(s);
+      finish_block(2 * t + 1, block_max<Element, 32, 32>(s), (missing & 2) != 0);
       finish_block(2 * t, low, (missing & 1) != 0);
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include "core/workspace.hpp"
 #include "cuda/common/launch.hpp"
@@ -179,7 +180,7 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
 
 const msa::detail::Implementation<Indexer> kIndexer = {
     .name = "cuda_sm90",
-    .dtypes = "f16 bf16",
+    .dtypes = "f16 bf16 e4m3",
     .declines = [](const Indexer& args, const Options&) -> std::optional<std::string> {
       if (auto reason = declines_index(args)) return reason;
       if (args.problem.top_k > kPlaces) {
@@ -196,8 +197,14 @@ const msa::detail::Implementation<Indexer> kIndexer = {
     .run =
         [](const Indexer& args, std::span<std::byte> workspace, Stream stream) {
           if (args.index_q.shape[0] == 0) return;
-          args.index_q.dtype == DType::bf16 ? run<__nv_bfloat16>(args, workspace, stream)
-                                            : run<__half>(args, workspace, stream);
+          switch (args.index_q.dtype) {
+            case DType::bf16:
+              return run<__nv_bfloat16>(args, workspace, stream);
+            case DType::f16:
+              return run<__half>(args, workspace, stream);
+            default:
+              return run<__nv_fp8_e4m3>(args, workspace, stream);
+          }
         }};
 
 }  // namespace msa::cuda::sm90

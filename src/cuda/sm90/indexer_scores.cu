@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include "cuda/common/launch.hpp"
 #include "cuda/cuda.hpp"
@@ -86,7 +87,7 @@ void run(const IndexerScores& args, Stream stream) {
 
 const msa::detail::Implementation<IndexerScores> kIndexerScores = {
     .name = "cuda_sm90",
-    .dtypes = "f16 bf16",
+    .dtypes = "f16 bf16 e4m3",
     .declines = [](const IndexerScores& args, const Options&) -> std::optional<std::string> {
       if (auto reason = declines_index(args)) return reason;
       if (args.block_scores.dtype != DType::f32) {
@@ -101,8 +102,14 @@ const msa::detail::Implementation<IndexerScores> kIndexerScores = {
     .run =
         [](const IndexerScores& args, std::span<std::byte>, Stream stream) {
           if (args.index_q.shape[0] == 0) return;
-          args.index_q.dtype == DType::bf16 ? run<__nv_bfloat16>(args, stream)
-                                            : run<__half>(args, stream);
+          switch (args.index_q.dtype) {
+            case DType::bf16:
+              return run<__nv_bfloat16>(args, stream);
+            case DType::f16:
+              return run<__half>(args, stream);
+            default:
+              return run<__nv_fp8_e4m3>(args, stream);
+          }
         }};
 
 }  // namespace msa::cuda::sm90
