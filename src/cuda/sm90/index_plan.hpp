@@ -18,7 +18,7 @@
 
 namespace msa::cuda::sm90 {
 
-/// Rows (tokens x index heads) and keys that a CTA multiplies at a time.
+/// Most rows (tokens x index heads) of a CTA, and the keys that it multiplies them by at a time.
 inline constexpr int kIndexRows = 256;
 inline constexpr int kIndexTileKeys = 128;
 inline constexpr int kIndexDim = 128;
@@ -41,8 +41,8 @@ std::optional<std::string> declines_index(const Args& args) {
   if (p.block_size != 64 && p.block_size != 128) {
     return core::concat("block_size is ", p.block_size, ", not 64 or 128");
   }
-  if (p.num_kv_heads > kIndexRows || kIndexRows % p.num_kv_heads != 0) {
-    return core::concat("num_kv_heads is ", p.num_kv_heads, ", which does not divide ", kIndexRows);
+  if (p.num_kv_heads > 128 || 128 % p.num_kv_heads != 0) {
+    return core::concat("num_kv_heads is ", p.num_kv_heads, ", which does not divide 128");
   }
   if (core::max_seq_len_k(args) > INT32_MAX) {
     return core::concat("sequences may have ", core::max_seq_len_k(args),
@@ -62,8 +62,8 @@ struct IndexGrid {
 /// From shapes alone. Long prompts have enough row tiles for all SMs; otherwise the keys are cut
 /// too, which costs `bytes_per_row` (0: nothing) of workspace traffic a row and chunk.
 template <class Args>
-IndexGrid index_grid(const Args& args, double bytes_per_row) {
-  const std::int64_t tokens = kIndexRows / args.problem.num_kv_heads;
+IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
+  const std::int64_t tokens = rows / args.problem.num_kv_heads;
   const std::int64_t total_q = args.index_q.shape[0];
   const std::int64_t batch_size = std::max<std::int64_t>(core::batch_size(args.batch), 1);
   const std::int64_t key_tiles =
@@ -103,8 +103,8 @@ IndexGrid index_grid(const Args& args, double bytes_per_row) {
           .chunk_tiles = static_cast<int>(best)};
 }
 
-/// (dim, index head, token): a box is the rows of a CTA, one panel wide.
-inline CUtensorMap index_q_map(const TensorView& q) {
+/// (dim, index head, token): a box is the `rows` of a CTA, one panel wide.
+inline CUtensorMap index_q_map(const TensorView& q, int rows) {
   const auto size = static_cast<std::uint64_t>(size_of(q.dtype));
   const auto heads = static_cast<std::uint64_t>(q.shape[1]);
   const auto stride = [&](std::size_t axis) {  // of an axis of one element: anything legal
@@ -112,9 +112,9 @@ inline CUtensorMap index_q_map(const TensorView& q) {
   };
   const std::uint64_t dims[] = {kIndexDim, heads, static_cast<std::uint64_t>(q.shape[0])};
   const std::uint64_t strides[] = {stride(1), stride(0)};
-  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size),
-                               static_cast<std::uint32_t>(heads),
-                               static_cast<std::uint32_t>(kIndexRows / heads)};
+  const std::uint32_t box[] = {
+      static_cast<std::uint32_t>(128 / size), static_cast<std::uint32_t>(heads),
+      static_cast<std::uint32_t>(static_cast<std::uint64_t>(rows) / heads)};
   return make_tensor_map(q.data, q.dtype, dims, strides, box);
 }
 

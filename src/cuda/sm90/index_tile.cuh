@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// S = Q K^T of 256 rows (tokens x index heads, which share their keys) against all visible keys,
-// 128 at a time, reduced to the maximum of each block while the tensor cores go on with the next
-// tiles. docs/kernels/sm90_indexer.md has the picture and the cycle budget.
+// S = Q K^T of 256 (or 128) rows (tokens x index heads, which share their keys) against all visible
+// keys, 128 at a time, reduced to the maximum of each block while the tensor cores go on with the
+// next tiles. docs/kernels/sm90_indexer.md has the picture and the cycle budget.
 #pragma once
 
 #include <cuda.h>
@@ -20,16 +20,18 @@
 
 namespace msa::cuda::sm90 {
 
-inline constexpr int kIndexConsumers = kIndexRows / 64;            // warpgroups
-inline constexpr int kIndexThreads = (kIndexConsumers + 1) * 128;  // and one producer warpgroup
+/// Threads of a CTA: consumer warpgroups of 64 rows each, and one producer warpgroup.
+template <int kConsumers>
+inline constexpr int kIndexThreads = (kConsumers + 1) * 128;
 
 /// Shared memory of a CTA, in bytes from a multiple of 1024.
-template <class Element>
+template <class Element, int kConsumers>
 struct IndexSmem {
+  static constexpr int kRows = kConsumers * 64;
   static constexpr int kStages = 8 / sizeof(Element);
   static constexpr int kPanels = kIndexDim * sizeof(Element) / kPanelBytes;
   static constexpr int kPanelDim = kPanelBytes / sizeof(Element);
-  static constexpr std::uint32_t kQBytes = kIndexRows * kIndexDim * sizeof(Element);
+  static constexpr std::uint32_t kQBytes = kRows * kIndexDim * sizeof(Element);
   static constexpr std::uint32_t kStageBytes = kIndexTileKeys * kIndexDim * sizeof(Element);
   static constexpr std::uint32_t kQ = 0;
   static constexpr std::uint32_t kK = kQ + kQBytes;
@@ -66,9 +68,10 @@ struct IndexRow {
 
 /// Sequence b takes the row tiles from q_begin / tokens + b on: enough for its own, and known
 /// without a scan over all lengths.
+template <int kRows>
 __device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& params) {
   const DeviceBatch& batch = params.batch;
-  const int log2_tokens = 31 - __clz(kIndexRows) - params.log2_heads;
+  const int log2_tokens = 31 - __clz(kRows) - params.log2_heads;
   const std::int64_t t = gridDim.x - 1 - blockIdx.x;  // longest first
   std::int64_t low = 0;
   std::int64_t high = batch.batch_size;
@@ -92,10 +95,10 @@ __device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& para
 }
 
 /// Loads the key tiles end - 1 .. begin into the ring. One warp.
-template <class Element, int kBlockSize>
+template <class Element, int kBlockSize, int kConsumers>
 __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const IndexTile& tile,
                                                 const CUtensorMap& k_map, std::uint32_t smem) {
-  using Smem = IndexSmem<Element>;
+  using Smem = IndexSmem<Element, kConsumers>;
   constexpr int kBlocks = kIndexTileKeys / kBlockSize;  // in a tile
   constexpr std::uint32_t kBoxBytes = kBlockSize * kPanelBytes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -210,14 +213,15 @@ __device__ __forceinline__ float block_max(const float (&s)[64]) {
 
 /// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
 /// called by whole warps for each block, newest first, then finish().
-template <class Element, int kBlockSize, class Sink>
+template <class Element, int kBlockSize, int kConsumers, class Sink>
 __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
                                                  const CUtensorMap& q_map, const CUtensorMap& k_map,
                                                  const typename Sink::Params& sink_params) {
-  using Smem = IndexSmem<Element>;
+  static_assert(kConsumers == 2 || kConsumers == 4);
+  using Smem = IndexSmem<Element, kConsumers>;
   extern __shared__ std::uint8_t raw[];
   const std::uint32_t smem = (ptx::smem_address(raw) + 1023) & ~1023u;
-  const IndexTile tile = find_index_tile(params);
+  const IndexTile tile = find_index_tile<Smem::kRows>(params);
   if (tile.num_queries == 0) return;
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -234,24 +238,25 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   }
   __syncthreads();
 
-  if (warpgroup == kIndexConsumers) {
+  if (warpgroup == kConsumers) {
     ptx::decrease_registers<24>();
-    if (threadIdx.x >= kIndexConsumers * 128 + 32) return;
+    if (threadIdx.x >= kConsumers * 128 + 32) return;
     if (lane == 0 && tile.begin < tile.end) {
       ptx::mbarrier_expect_tx(smem + Smem::kQFull, Smem::kQBytes);
 #pragma unroll
       for (int panel = 0; panel < Smem::kPanels; ++panel) {
         ptx::tma_load_3d(
-            smem + Smem::kQ + panel * kIndexRows * kPanelBytes, &q_map, panel * Smem::kPanelDim, 0,
+            smem + Smem::kQ + panel * Smem::kRows * kPanelBytes, &q_map, panel * Smem::kPanelDim, 0,
             static_cast<int>(tile.sequence.q_begin + tile.first_query), smem + Smem::kQFull);
       }
     }
     __syncwarp();
-    load_index_keys<Element, kBlockSize>(params.batch, tile, k_map, smem);
+    load_index_keys<Element, kBlockSize, kConsumers>(params.batch, tile, k_map, smem);
     return;
   }
 
-  ptx::increase_registers<112>();
+  // What the producer gives away: (kConsumers + 1) * 128 threads start with 96 or 168 each.
+  ptx::increase_registers<kConsumers == 4 ? 112 : 240>();
   if (warpgroup * 64 >= live_rows) return;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const auto position_of = [&](int row) {
@@ -296,7 +301,7 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
     ptx::wgmma_fence();
 #pragma unroll
     for (std::uint32_t step = 0; step < kIndexDim * sizeof(Element) / 32; ++step) {
-      const std::uint64_t a = ptx::advance(q_desc, k_major_step(kIndexRows, step));
+      const std::uint64_t a = ptx::advance(q_desc, k_major_step(Smem::kRows, step));
       const std::uint64_t b =
           ptx::advance(k_desc, stage * Smem::kStageBytes + k_major_step(kIndexTileKeys, step));
       if constexpr (sizeof(Element) == 1) {
@@ -341,11 +346,11 @@ IndexTileParams make_index_params(const Args& args, float scale, const IndexGrid
           .chunk_tiles = grid.chunk_tiles};
 }
 
-template <class Element>
+template <class Element, int kConsumers>
 LaunchConfig index_launch(const IndexGrid& grid) {
   return {.grid = dim3(static_cast<unsigned>(grid.row_tiles), static_cast<unsigned>(grid.chunks)),
-          .threads = kIndexThreads,
-          .smem_bytes = IndexSmem<Element>::kAllocated};
+          .threads = kIndexThreads<kConsumers>,
+          .smem_bytes = IndexSmem<Element, kConsumers>::kAllocated};
 }
 
 }  // namespace msa::cuda::sm90

@@ -10,6 +10,9 @@
 namespace msa::cuda::sm90 {
 namespace {
 
+constexpr int kConsumers = 4;
+constexpr int kRows = kConsumers * 64;
+
 /// Block maxima to global memory.
 struct StoreScores {
   struct Params {
@@ -58,18 +61,18 @@ struct StoreScores {
 };
 
 template <class Element, int kBlockSize>
-__global__ void __launch_bounds__(kIndexThreads, 1)
+__global__ void __launch_bounds__(kIndexThreads<kConsumers>, 1)
     indexer_scores_kernel(const __grid_constant__ IndexTileParams params,
                           const __grid_constant__ CUtensorMap q_map,
                           const __grid_constant__ CUtensorMap k_map,
                           const __grid_constant__ StoreScores::Params sink) {
-  score_index_tile<Element, kBlockSize, StoreScores>(params, q_map, k_map, sink);
+  score_index_tile<Element, kBlockSize, kConsumers, StoreScores>(params, q_map, k_map, sink);
 }
 
 template <class Element>
 void run(const IndexerScores& args, Stream stream) {
   const Problem& p = args.problem;
-  const IndexGrid grid = index_grid(args, 0.0);
+  const IndexGrid grid = index_grid(args, kRows, 0.0);
   const IndexTileParams params = make_index_params(args, args.index_scale, grid);
   const StoreScores::Params sink{.scores = static_cast<float*>(args.block_scores.data),
                                  .head_stride = args.block_scores.stride[0],
@@ -79,7 +82,8 @@ void run(const IndexerScores& args, Stream stream) {
                                  .chunk_tiles = grid.chunk_tiles};
   const auto kernel =
       p.block_size == 64 ? indexer_scores_kernel<Element, 64> : indexer_scores_kernel<Element, 128>;
-  launch(kernel, index_launch<Element>(grid), stream_of(stream), params, index_q_map(args.index_q),
+  launch(kernel, index_launch<Element, kConsumers>(grid), stream_of(stream), params,
+         index_q_map(args.index_q, kRows),
          index_k_map(args.index_k, p.block_size, core::is_paged(args.batch), args.index_q), sink);
 }
 
