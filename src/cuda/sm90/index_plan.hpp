@@ -7,6 +7,7 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -21,7 +22,8 @@ namespace msa::cuda::sm90 {
 /// Most rows (tokens x index heads) of a CTA, and the keys that it multiplies them by at a time.
 inline constexpr int kIndexRows = 256;
 inline constexpr int kIndexTileKeys = 128;
-inline constexpr int kIndexDim = 128;
+inline constexpr int kIndexDim = 128;  // smaller ones are filled up with zeros
+inline constexpr int kIndexHeads = 128;
 
 template <class Args>
 std::optional<std::string> declines_index(const Args& args) {
@@ -35,14 +37,14 @@ std::optional<std::string> declines_index(const Args& args) {
     return core::concat("index_q is ", name_of(dtype), " and index_k is ",
                         name_of(args.index_k.dtype));
   }
-  if (p.index_dim != kIndexDim) {
-    return core::concat("index_dim is ", p.index_dim, ", not ", kIndexDim);
+  if (p.index_dim > kIndexDim) {
+    return core::concat("index_dim is ", p.index_dim, ", above ", kIndexDim);
   }
   if (p.block_size != 64 && p.block_size != 128) {
     return core::concat("block_size is ", p.block_size, ", not 64 or 128");
   }
-  if (p.num_kv_heads > 128 || 128 % p.num_kv_heads != 0) {
-    return core::concat("num_kv_heads is ", p.num_kv_heads, ", which does not divide 128");
+  if (p.num_kv_heads > kIndexHeads) {
+    return core::concat("num_kv_heads is ", p.num_kv_heads, ", above ", kIndexHeads);
   }
   if (core::max_seq_len_k(args) > INT32_MAX) {
     return core::concat("sequences may have ", core::max_seq_len_k(args),
@@ -50,6 +52,11 @@ std::optional<std::string> declines_index(const Args& args) {
   }
   if (auto reason = declines_tma("index_q", args.index_q)) return reason;
   return declines_tma("index_k", args.index_k);
+}
+
+/// Rows of a token: its index heads, filled up to a power of two.
+inline int log2_index_heads(const Problem& p) {
+  return std::bit_width(static_cast<unsigned>(p.num_kv_heads - 1));
 }
 
 /// How the work is cut: `row_tiles` times `chunks` CTAs; a chunk is `chunk_tiles` key tiles.
@@ -63,7 +70,7 @@ struct IndexGrid {
 /// too, which costs `bytes_per_row` (0: nothing) of workspace traffic a row and chunk.
 template <class Args>
 IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
-  const std::int64_t tokens = rows / args.problem.num_kv_heads;
+  const std::int64_t tokens = rows >> log2_index_heads(args.problem);
   const std::int64_t total_q = args.index_q.shape[0];
   const std::int64_t batch_size = std::max<std::int64_t>(core::batch_size(args.batch), 1);
   const std::int64_t key_tiles =
@@ -103,38 +110,43 @@ IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
           .chunk_tiles = static_cast<int>(best)};
 }
 
+/// Bytes between the elements of an axis; where it has one element only, its stride says nothing
+/// and `packed` is taken.
+inline std::uint64_t map_stride(const TensorView& view, std::size_t axis, std::uint64_t packed) {
+  if (view.shape[axis] <= 1) return (packed + 15) / 16 * 16;
+  return static_cast<std::uint64_t>(view.stride[axis]) * size_of(view.dtype);
+}
+
 /// (dim, index head, token): a box is the `rows` of a CTA, one panel wide.
-inline CUtensorMap index_q_map(const TensorView& q, int rows) {
-  const auto size = static_cast<std::uint64_t>(size_of(q.dtype));
-  const auto heads = static_cast<std::uint64_t>(q.shape[1]);
-  const auto stride = [&](std::size_t axis) {  // of an axis of one element: anything legal
-    return q.shape[axis] > 1 ? static_cast<std::uint64_t>(q.stride[axis]) * size : kIndexDim * size;
-  };
-  const std::uint64_t dims[] = {kIndexDim, heads, static_cast<std::uint64_t>(q.shape[0])};
-  const std::uint64_t strides[] = {stride(1), stride(0)};
-  const std::uint32_t box[] = {
-      static_cast<std::uint32_t>(128 / size), static_cast<std::uint32_t>(heads),
-      static_cast<std::uint32_t>(static_cast<std::uint64_t>(rows) / heads)};
+inline CUtensorMap index_q_map(const TensorView& q, const Problem& p, int rows) {
+  const int log2_heads = log2_index_heads(p);
+  const std::uint64_t dims[] = {static_cast<std::uint64_t>(q.shape[2]),
+                                static_cast<std::uint64_t>(q.shape[1]),
+                                static_cast<std::uint64_t>(q.shape[0])};
+  const std::uint64_t head_stride = map_stride(q, 1, dims[0] * size_of(q.dtype));
+  const std::uint64_t strides[] = {head_stride, map_stride(q, 0, head_stride * dims[1])};
+  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(q.dtype)), 1u << log2_heads,
+                               static_cast<std::uint32_t>(rows >> log2_heads)};
   return make_tensor_map(q.data, q.dtype, dims, strides, box);
 }
 
 /// (dim, token, page): a box is one block, one panel wide. Without keys (total_k or num_pages is 0)
 /// nothing is ever loaded, but a map needs an address: that of the queries.
-inline CUtensorMap index_k_map(const TensorView& k, int block_size, bool paged,
-                               const TensorView& q) {
-  const auto size = static_cast<std::uint64_t>(size_of(k.dtype));
-  const std::size_t token_axis = paged ? 2 : 0;
+template <class Args>
+CUtensorMap index_k_map(const Args& args) {
+  const TensorView& k = args.index_k;
+  const bool paged = core::is_paged(args.batch);
   const bool none = k.shape[0] == 0;
-  const auto stride = [&](std::size_t axis) {
-    return k.shape[axis] > 1 ? static_cast<std::uint64_t>(k.stride[axis]) * size : kIndexDim * size;
-  };
+  const std::size_t token_axis = paged ? 2 : 0;
   const std::uint64_t tokens = none ? 1 : static_cast<std::uint64_t>(k.shape[token_axis]);
   const std::uint64_t pages = none || !paged ? 1 : static_cast<std::uint64_t>(k.shape[0]);
-  const std::uint64_t dims[] = {kIndexDim, tokens, pages};
-  const std::uint64_t strides[] = {stride(token_axis), paged ? stride(0) : kIndexDim * size};
-  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size),
-                               static_cast<std::uint32_t>(block_size), 1};
-  return make_tensor_map(none ? q.data : k.data, k.dtype, dims, strides, box);
+  const std::uint64_t dims[] = {static_cast<std::uint64_t>(args.problem.index_dim), tokens, pages};
+  const std::uint64_t token_stride = map_stride(k, token_axis, dims[0] * size_of(k.dtype));
+  const std::uint64_t strides[] = {
+      token_stride, paged ? map_stride(k, 0, token_stride * tokens) : token_stride * tokens};
+  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(k.dtype)),
+                               static_cast<std::uint32_t>(args.problem.block_size), 1};
+  return make_tensor_map(none ? args.index_q.data : k.data, k.dtype, dims, strides, box);
 }
 
 }  // namespace msa::cuda::sm90

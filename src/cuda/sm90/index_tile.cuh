@@ -7,7 +7,6 @@
 
 #include <cuda.h>
 
-#include <bit>
 #include <cstdint>
 
 #include "cuda/common/batch.cuh"
@@ -46,7 +45,8 @@ struct IndexSmem {
 struct IndexTileParams {
   DeviceBatch batch;
   float scale;
-  int log2_heads;   ///< index heads: a power of two
+  int num_heads;
+  int log2_heads;   ///< of the rows of a token: heads up to the next power of two
   int chunk_tiles;  ///< key tiles that one CTA scores at most; CTA (., y) starts at y times that
 };
 
@@ -264,9 +264,10 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
     return static_cast<int>(max(tile.sequence.position(i), std::int64_t{-1}));
   };
   const int own_row = warp_row + lane / 4 + lane % 2 * 8;
+  const int head = own_row & ((1 << params.log2_heads) - 1);
   const IndexRow row{
-      .live = own_row < live_rows,
-      .head = own_row & ((1 << params.log2_heads) - 1),
+      .live = own_row < live_rows && head < params.num_heads,
+      .head = head,
       .position = position_of(own_row),
       .query = tile.sequence.q_begin + tile.first_query + (own_row >> params.log2_heads)};
   Sink sink(sink_params, tile, row);
@@ -342,7 +343,8 @@ template <class Args>
 IndexTileParams make_index_params(const Args& args, float scale, const IndexGrid& grid) {
   return {.batch = make_device_batch(args),
           .scale = static_cast<float>(scale_or_default(scale, args.problem.index_dim)),
-          .log2_heads = std::countr_zero(static_cast<unsigned>(args.problem.num_kv_heads)),
+          .num_heads = args.problem.num_kv_heads,
+          .log2_heads = log2_index_heads(args.problem),
           .chunk_tiles = grid.chunk_tiles};
 }
 

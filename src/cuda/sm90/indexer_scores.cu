@@ -83,8 +83,7 @@ void run(const IndexerScores& args, Stream stream) {
   const auto kernel =
       p.block_size == 64 ? indexer_scores_kernel<Element, 64> : indexer_scores_kernel<Element, 128>;
   launch(kernel, index_launch<Element, kConsumers>(grid), stream_of(stream), params,
-         index_q_map(args.index_q, kRows),
-         index_k_map(args.index_k, p.block_size, core::is_paged(args.batch), args.index_q), sink);
+         index_q_map(args.index_q, p, kRows), index_k_map(args), sink);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <bit>
+
 #include "core/workspace.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/sm90/index_tile.cuh"
@@ -37,6 +39,7 @@ struct SelectParams {
   int top_k;
   int num_local_blocks;
   int num_init_blocks;
+  int num_heads;
   int log2_heads;
   Entry* partial;  ///< [chunk][query][head][kPlaces], null where there is one chunk
   std::int64_t num_rows;
@@ -117,10 +120,10 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kMergeRows +
                              threadIdx.x / 32 * 16 + lane / 4 + lane % 2 * 8;
-  const bool live = index < select.num_rows;
-  const std::int64_t row = live ? index : 0;
+  const std::int64_t row = min(index, select.num_rows - 1);
   const std::int64_t query = row >> select.log2_heads;
   const int head = static_cast<int>(row) & ((1 << select.log2_heads) - 1);
+  const bool live = index < select.num_rows && head < select.num_heads;
   const DeviceSequence sequence = sequence_of_query(batch, query);
   const int position =
       static_cast<int>(max(sequence.position(query - sequence.q_begin), std::int64_t{-1}));
@@ -153,8 +156,8 @@ __global__ void __launch_bounds__(kMergeThreads)
 template <int kPlaces>
 Entry* partial_of(const Indexer& args, const IndexGrid& grid, core::WorkspaceLayout& layout) {
   if (grid.chunks == 1) return nullptr;
-  return layout.take<Entry>(grid.chunks * args.index_q.shape[0] * args.problem.num_kv_heads *
-                            kPlaces);
+  return layout.take<Entry>(
+      (grid.chunks * args.index_q.shape[0] << log2_index_heads(args.problem)) * kPlaces);
 }
 
 /// Each list is written once and read once.
@@ -184,14 +187,14 @@ void run_select(const Indexer& args, std::span<std::byte> workspace, Stream stre
       .top_k = p.top_k,
       .num_local_blocks = p.num_local_blocks,
       .num_init_blocks = p.num_init_blocks,
+      .num_heads = p.num_kv_heads,
       .log2_heads = params.log2_heads,
       .partial = partial_of<kPlaces>(args, grid, layout),
-      .num_rows = args.index_q.shape[0] * p.num_kv_heads};
+      .num_rows = args.index_q.shape[0] << params.log2_heads};
   const auto kernel = p.block_size == 64 ? indexer_kernel<Element, 64, kPlaces>
                                          : indexer_kernel<Element, 128, kPlaces>;
   launch(kernel, index_launch<Element, kConsumersOf<kPlaces>>(grid), stream_of(stream), params,
-         index_q_map(args.index_q, kRowsOf<kPlaces>),
-         index_k_map(args.index_k, p.block_size, core::is_paged(args.batch), args.index_q), select);
+         index_q_map(args.index_q, p, kRowsOf<kPlaces>), index_k_map(args), select);
   if (grid.chunks > 1) {
     const LaunchConfig merge{
         .grid = dim3(static_cast<unsigned>(ceil_div(select.num_rows, kMergeRows))),
