@@ -5,5 +5,8 @@
 
 #include "core/implementation.hpp"
 
-namespace msa::cuda::sm90 {}
+namespace msa::cuda::sm90 {
+extern const msa::detail::Implementation<IndexerScores> kIndexerScores;
+extern const msa::detail::Implementation<Indexer> kIndexer;
+}  // namespace msa::cuda::sm90
 namespace msa::cuda::generic {}

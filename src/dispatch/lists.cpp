@@ -5,6 +5,9 @@
 #include "dispatch/lists.hpp"
 
 #include "cpu/cpu.hpp"
+#ifdef MSA_WITH_CUDA
+#include "cuda/cuda.hpp"
+#endif
 #include "reference/reference.hpp"
 
 namespace msa::dispatch {
@@ -13,9 +16,17 @@ namespace {
 template <class Args>
 using List = const detail::Implementation<Args>*;
 
-constexpr List<IndexerScores> kIndexerScores[] = {&cpu::kIndexerScores, &reference::kIndexerScores};
+constexpr List<IndexerScores> kIndexerScores[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::sm90::kIndexerScores,
+#endif
+    &cpu::kIndexerScores, &reference::kIndexerScores};
 constexpr List<SelectTopK> kSelectTopK[] = {&cpu::kSelectTopK, &reference::kSelectTopK};
-constexpr List<Indexer> kIndexer[] = {&cpu::kIndexer, &reference::kIndexer};
+constexpr List<Indexer> kIndexer[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::sm90::kIndexer,
+#endif
+    &cpu::kIndexer, &reference::kIndexer};
 constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
     &cpu::kSparseAttentionForward, &reference::kSparseAttentionForward};
 constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {

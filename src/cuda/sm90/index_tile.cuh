@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// S = Q K^T of 256 (or 128) rows (tokens x index heads, which share their keys) against all visible
+// keys, 128 at a time, reduced to the maximum of each block while the tensor cores go on with the
+// next tiles. docs/kernels/sm90_indexer.md has the picture and the cycle budget.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/common/batch.cuh"
+#include "cuda/common/launch.hpp"
+#include "cuda/common/ptx/barrier.cuh"
+#include "cuda/common/ptx/tma.cuh"
+#include "cuda/common/ptx/wgmma.cuh"
+#include "cuda/common/swizzle.cuh"
+#include "cuda/sm90/index_plan.hpp"
+
+namespace msa::cuda::sm90 {
+
+/// Threads of a CTA: consumer warpgroups of 64 rows each, and one producer warpgroup.
+template <int kConsumers>
+inline constexpr int kIndexThreads = (kConsumers + 1) * 128;
+
+/// Shared memory of a CTA, in bytes from a multiple of 1024.
+template <class Element, int kConsumers>
+struct IndexSmem {
+  static constexpr int kRows = kConsumers * 64;
+  static constexpr int kStages = 8 / sizeof(Element);
+  static constexpr int kPanels = kIndexDim * sizeof(Element) / kPanelBytes;
+  static constexpr int kPanelDim = kPanelBytes / sizeof(Element);
+  static constexpr std::uint32_t kQBytes = kRows * kIndexDim * sizeof(Element);
+  static constexpr std::uint32_t kStageBytes = kIndexTileKeys * kIndexDim * sizeof(Element);
+  static constexpr std::uint32_t kQ = 0;
+  static constexpr std::uint32_t kK = kQ + kQBytes;
+  static constexpr std::uint32_t kFull = kK + kStages * kStageBytes;  // mbarriers
+  static constexpr std::uint32_t kEmpty = kFull + kStages * 8;
+  static constexpr std::uint32_t kQFull = kEmpty + kStages * 8;
+  static constexpr std::uint32_t kMissing = kQFull + 8;  // per stage: bit b, block b has no page
+  static constexpr std::uint32_t kBytes = kMissing + kStages * 4;
+  static constexpr std::uint32_t kAllocated = kBytes + 1024;  // so that the start can be aligned
+};
+
+struct IndexTileParams {
+  DeviceBatch batch;
+  float scale;
+  int num_heads;
+  int log2_heads;   ///< of the rows of a token: heads up to the next power of two
+  int chunk_tiles;  ///< key tiles that one CTA scores at most; CTA (., y) starts at y times that
+};
+
+/// The rows of a CTA, and the row whose maxima a lane gets.
+struct IndexTile {
+  DeviceSequence sequence;
+  std::int64_t first_query;  ///< of the sequence
+  int num_queries;           ///< 0: nothing to do
+  int begin;                 ///< key tiles [begin, end)
+  int end;
+};
+
+struct IndexRow {
+  bool live;
+  int head;
+  int position;
+  std::int64_t query;  ///< packed
+};
+
+/// Sequence b takes the row tiles from q_begin / tokens + b on: enough for its own, and known
+/// without a scan over all lengths.
+template <int kRows>
+__device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& params) {
+  const DeviceBatch& batch = params.batch;
+  const int log2_tokens = 31 - __clz(kRows) - params.log2_heads;
+  const std::int64_t t = gridDim.x - 1 - blockIdx.x;  // longest first
+  std::int64_t low = 0;
+  std::int64_t high = batch.batch_size;
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    const std::int64_t first = (detail::q_begin(batch, middle) >> log2_tokens) + middle;
+    (first <= t ? low : high) = middle;
+  }
+  IndexTile tile;
+  tile.sequence = sequence_at(batch, low);
+  tile.first_query = (t - (tile.sequence.q_begin >> log2_tokens) - low) << log2_tokens;
+  const std::int64_t left = tile.sequence.q_len - tile.first_query;
+  const std::int64_t tokens = std::int64_t{1} << log2_tokens;
+  tile.num_queries = tile.first_query < 0 || left <= 0 ? 0 : static_cast<int>(min(left, tokens));
+  const std::int64_t last = tile.sequence.position(tile.first_query + tile.num_queries - 1);
+  const std::int64_t num_tiles = last < 0 ? 0 : last / kIndexTileKeys + 1;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * params.chunk_tiles;
+  tile.begin = static_cast<int>(min(begin, num_tiles));
+  tile.end = static_cast<int>(min(begin + params.chunk_tiles, num_tiles));
+  return tile;
+}
+
+/// Loads the key tiles end - 1 .. begin into the ring. One warp.
+template <class Element, int kBlockSize, int kConsumers>
+__device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const IndexTile& tile,
+                                                const CUtensorMap& k_map, std::uint32_t smem) {
+  using Smem = IndexSmem<Element, kConsumers>;
+  constexpr int kBlocks = kIndexTileKeys / kBlockSize;  // in a tile
+  constexpr std::uint32_t kBoxBytes = kBlockSize * kPanelBytes;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool paged = batch.page_table != nullptr;
+  int pages[kBlocks] = {};  // of the tile `lane` before the first of each 32
+  int stage = 0;
+  std::uint32_t parity = 1;
+  for (int t = tile.end - 1; t >= tile.begin; --t) {
+    const int nth = (tile.end - 1 - t) % 32;
+    if (paged && nth == 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const std::int64_t block = std::int64_t{t - lane} * kBlocks + b;
+        const bool exists = t - lane >= 0 && block * kBlockSize < tile.sequence.k_len;
+        pages[b] = exists ? static_cast<int>(page_of(batch, tile.sequence.batch_idx, block)) : -1;
+      }
+    }
+    int row[kBlocks];
+    int page[kBlocks];
+    std::uint32_t missing = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      page[b] = paged ? __shfl_sync(~0u, pages[b], nth) : 0;
+      row[b] =
+          paged ? 0 : static_cast<int>(tile.sequence.k_begin) + t * kIndexTileKeys + b * kBlockSize;
+      missing |= page[b] < 0 ? 1u << b : 0u;
+    }
+    ptx::mbarrier_wait(smem + Smem::kEmpty + stage * 8, parity);
+    if (lane == 0) {
+      const std::uint32_t full = smem + Smem::kFull + stage * 8;
+      const std::uint32_t to = smem + Smem::kK + stage * Smem::kStageBytes;
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem + Smem::kMissing + stage * 4), "r"(missing)
+                   : "memory");
+      ptx::mbarrier_expect_tx(full, (kBlocks - __popc(missing)) * Smem::kPanels * kBoxBytes);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if (page[b] < 0) continue;
+#pragma unroll
+        for (int panel = 0; panel < Smem::kPanels; ++panel) {
+          ptx::tma_load_3d(to + panel * kIndexTileKeys * kPanelBytes + b * kBoxBytes, &k_map,
+                           panel * Smem::kPanelDim, row[b], page[b], full);
+        }
+      }
+    }
+    if (++stage == Smem::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+}
+
+/// Joins the maxima of a thread's two rows over the quad: even lanes get row lane / 4, odd ones row
+/// lane / 4 + 8. Each lane gives away the row that its neighbour keeps.
+template <class T, class Max>
+__device__ __forceinline__ T quad_max(T row0, T row8, Max max_of) {
+  const bool odd = threadIdx.x % 2 != 0;
+  T keep = odd ? row8 : row0;
+  keep = max_of(keep, __shfl_xor_sync(~0u, odd ? row0 : row8, 1));
+  return max_of(keep, __shfl_xor_sync(~0u, keep, 2));
+}
+
+/// The row maxima of accumulators [kBegin, kBegin + kCount). NaN loses.
+template <int kBegin, int kCount>
+__device__ __forceinline__ float row_max(const float (&s)[64]) {
+  float m[2][4];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float& chain = m[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+    chain = i < 8 ? s[kBegin + i] : fmaxf(chain, s[kBegin + i]);
+  }
+  return quad_max(fmaxf(fmaxf(m[0][0], m[0][1]), fmaxf(m[0][2], m[0][3])),
+                  fmaxf(fmaxf(m[1][0], m[1][1]), fmaxf(m[1][2], m[1][3])),
+                  [](float a, float b) { return fmaxf(a, b); });
+}
+
+/// The same with half the instructions: non-negative floats are ordered as their bits are, above
+/// negative ones. Where that says nothing (a negative maximum, or a NaN, whose bits win) the warp
+/// takes the other way.
+template <int kBegin, int kCount>
+__device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
+  int m[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto at = [&](int j) { return __float_as_int(s[kBegin + j / 2 * 4 + h * 2 + j % 2]); };
+    constexpr int kOwn = kCount / 2;
+    int x = at(0);
+    int y = at(1);
+#pragma unroll
+    for (int j = 2; j + 3 < kOwn; j += 4) {
+      x = __vimax3_s32(x, at(j), at(j + 1));
+      y = __vimax3_s32(y, at(j + 2), at(j + 3));
+    }
+    static_assert(kOwn % 4 == 0);
+    m[h] = max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y);
+  }
+  const int bits = quad_max(m[0], m[1], [](int a, int b) { return max(a, b); });
+  constexpr unsigned kInfinityBits = 0x7f800000;
+  if (__any_sync(~0u, static_cast<unsigned>(bits) > kInfinityBits))
+    return row_max<kBegin, kCount>(s);
+  return __int_as_float(bits);
+}
+
+/// 8-bit tiles take half the time, so that plain maxima would not hide behind them.
+template <class Element, int kBegin, int kCount>
+__device__ __forceinline__ float block_max(const float (&s)[64]) {
+  if constexpr (sizeof(Element) == 1) {
+    return row_max_of_bits<kBegin, kCount>(s);
+  } else {
+    return row_max<kBegin, kCount>(s);
+  }
+}
+
+/// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
+/// called by whole warps for each block, newest first, then finish().
+template <class Element, int kBlockSize, int kConsumers, class Sink>
+__device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
+                                                 const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                                 const typename Sink::Params& sink_params) {
+  static_assert(kConsumers == 2 || kConsumers == 4);
+  using Smem = IndexSmem<Element, kConsumers>;
+  extern __shared__ std::uint8_t raw[];
+  const std::uint32_t smem = (ptx::smem_address(raw) + 1023) & ~1023u;
+  const IndexTile tile = find_index_tile<Smem::kRows>(params);
+  if (tile.num_queries == 0) return;
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int live_rows = tile.num_queries << params.log2_heads;
+
+  if (threadIdx.x == 0) {
+    const int active_warps = (live_rows + 63) / 64 * 4;
+    for (int stage = 0; stage < Smem::kStages; ++stage) {
+      ptx::mbarrier_init(smem + Smem::kFull + stage * 8, 1);
+      ptx::mbarrier_init(smem + Smem::kEmpty + stage * 8, active_warps);
+    }
+    ptx::mbarrier_init(smem + Smem::kQFull, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == kConsumers) {
+    ptx::decrease_registers<24>();
+    if (threadIdx.x >= kConsumers * 128 + 32) return;
+    if (lane == 0 && tile.begin < tile.end) {
+      ptx::mbarrier_expect_tx(smem + Smem::kQFull, Smem::kQBytes);
+#pragma unroll
+      for (int panel = 0; panel < Smem::kPanels; ++panel) {
+        ptx::tma_load_3d(
+            smem + Smem::kQ + panel * Smem::kRows * kPanelBytes, &q_map, panel * Smem::kPanelDim, 0,
+            static_cast<int>(tile.sequence.q_begin + tile.first_query), smem + Smem::kQFull);
+      }
+    }
+    __syncwarp();
+    load_index_keys<Element, kBlockSize, kConsumers>(params.batch, tile, k_map, smem);
+    return;
+  }
+
+  // What the producer gives away: (kConsumers + 1) * 128 threads start with 96 or 168 each.
+  ptx::increase_registers<kConsumers == 4 ? 112 : 240>();
+  if (warpgroup * 64 >= live_rows) return;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const auto position_of = [&](int row) {
+    const std::int64_t i = tile.first_query + (row >> params.log2_heads);
+    return static_cast<int>(max(tile.sequence.position(i), std::int64_t{-1}));
+  };
+  const int own_row = warp_row + lane / 4 + lane % 2 * 8;
+  const int head = own_row & ((1 << params.log2_heads) - 1);
+  const IndexRow row{
+      .live = own_row < live_rows && head < params.num_heads,
+      .head = head,
+      .position = position_of(own_row),
+      .query = tile.sequence.q_begin + tile.first_query + (own_row >> params.log2_heads)};
+  Sink sink(sink_params, tile, row);
+
+  const int first_position = position_of(warp_row);
+  const int limit0 = position_of(warp_row + lane / 4) - lane % 4 * 2;
+  const int limit8 = position_of(warp_row + lane / 4 + 8) - lane % 4 * 2;
+  const bool paged = params.batch.page_table != nullptr;
+  const float scale = params.scale;
+  const std::uint64_t q_desc =
+      ptx::k_major_descriptor(smem + Smem::kQ + warpgroup * 64 * kPanelBytes);
+  const std::uint64_t k_desc = ptx::k_major_descriptor(smem + Smem::kK);
+  const auto finish_block = [&](int block, float m, bool missing) {
+    // The maximum is scaled, not the scores: rounding is monotonic. NaN becomes -inf here too.
+    sink.take(block, missing ? -INFINITY : fmaxf(m * scale, -INFINITY));
+  };
+
+  if (tile.begin < tile.end) ptx::mbarrier_wait(smem + Smem::kQFull, 0);
+  int stage = 0;
+  std::uint32_t parity = 0;
+#pragma unroll 1
+  for (int t = tile.end - 1; t >= tile.begin; --t) {
+    float s[64];
+    ptx::mbarrier_wait(smem + Smem::kFull + stage * 8, parity);
+    std::uint32_t missing = 0;
+    if (paged) {
+      asm volatile("ld.shared.u32 %0, [%1];"
+                   : "=r"(missing)
+                   : "r"(smem + Smem::kMissing + stage * 4)
+                   : "memory");
+    }
+    ptx::wgmma_fence();
+#pragma unroll
+    for (std::uint32_t step = 0; step < kIndexDim * sizeof(Element) / 32; ++step) {
+      const std::uint64_t a = ptx::advance(q_desc, k_major_step(Smem::kRows, step));
+      const std::uint64_t b =
+          ptx::advance(k_desc, stage * Smem::kStageBytes + k_major_step(kIndexTileKeys, step));
+      if constexpr (sizeof(Element) == 1) {
+        ptx::Wgmma<Element, 128>::ss(s, a, b, step != 0);
+      } else {
+        ptx::Wgmma<Element, 128>::template ss<0>(s, a, b, step != 0);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
+    if (lane == 0) ptx::mbarrier_arrive(smem + Smem::kEmpty + stage * 8);
+    if (++stage == Smem::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+
+    const int first_key = t * kIndexTileKeys;
+    if (first_key + kIndexTileKeys - 1 > first_position) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        const int limit = (i / 2 % 2 == 0 ? limit0 : limit8) - first_key;
+        if (i / 4 * 8 + i % 2 > limit) s[i] = -INFINITY;
+      }
+    }
+    if constexpr (kBlockSize == 128) {
+      finish_block(t, block_max<Element, 0, 64>(s), missing != 0);
+    } else {
+      const float low = block_max<Element, 0, 32>(s);
+      finish_block(2 * t + 1, block_max<Element, 32, 32>(s), (missing & 2) != 0);
+      finish_block(2 * t, low, (missing & 1) != 0);
+    }
+  }
+  sink.finish();
+}
+
+template <class Args>
+IndexTileParams make_index_params(const Args& args, float scale, const IndexGrid& grid) {
+  return {.batch = make_device_batch(args),
+          .scale = static_cast<float>(scale_or_default(scale, args.problem.index_dim)),
+          .num_heads = args.problem.num_kv_heads,
+          .log2_heads = log2_index_heads(args.problem),
+          .chunk_tiles = grid.chunk_tiles};
+}
+
+template <class Element, int kConsumers>
+LaunchConfig index_launch(const IndexGrid& grid) {
+  return {.grid = dim3(static_cast<unsigned>(grid.row_tiles), static_cast<unsigned>(grid.chunks)),
+          .threads = kIndexThreads<kConsumers>,
+          .smem_bytes = IndexSmem<Element, kConsumers>::kAllocated};
+}
+
+}  // namespace msa::cuda::sm90
