@@ -39,7 +39,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 TEST(PtxMath, Ex2IsWithinTwoToTheMinus22) {
   std::vector<float> x = {-kInf, -200.0f, 0.0f, kInf, NAN};
-  for (int i = 0; i < 1 << 20; ++i) x.push_back(-120.0f + static_cast<float>(i) * 0x1p-12f);
+  for (int i = 0; i < 1 << 20; ++i) x.push_back(-125.0f + static_cast<float>(i) * 0x1.f4p-13f);
   const std::vector<float> y = mapped(ex2_kernel, x);
   EXPECT_EQ(y[0], 0.0f);
   EXPECT_EQ(y[1], 0.0f);
