@@ -121,6 +121,7 @@ PreparedCase prepare_indexer(const Shape& shape, DType dtype, const Options& opt
   return {.enqueue = [=](cudaStream_t s) { indexer.enqueue(workspace->data(), s); },
           .implementation = indexer.plan.implementation(),
           .flops = prompt->index_flops(),
+          .e4m3_flops = dtype == DType::e4m3 ? prompt->index_flops() : 0.0,
           .bytes = prompt->index_bytes(),
           .extra_bytes = workspace->size(),
           .selection_after_run = [=] { return prompt->selection(); }};
@@ -162,6 +163,7 @@ PreparedCase prepare_total(const Shape& shape, DType index_dtype, const Options&
           .implementation =
               core::concat(indexer.plan.implementation(), " + ", attention.plan.implementation()),
           .flops = prompt->index_flops() + Prompt::attention_flops(selection),
+          .e4m3_flops = index_dtype == DType::e4m3 ? prompt->index_flops() : 0.0,
           .bytes = prompt->index_bytes() + prompt->attention_bytes(),
           .extra_bytes = workspace->size() + prompt->id_bytes(),
           .selection = selection};

@@ -17,6 +17,7 @@ struct PreparedCase {
   std::function<void(cudaStream_t)> enqueue;
   std::string implementation;  ///< "cuda_sm90", or two joined by " + "
   double flops = 0.0;          ///< necessary work, docs/benchmarking.md
+  double e4m3_flops = 0.0;     ///< those of `flops` whose operands are e4m3
   double bytes = 0.0;
   std::size_t extra_bytes = 0;  ///< workspaces, and ids that pass from indexer to attention
   SelectionFacts selection{};   ///< of the ids that attention reads; the chain's after a run

@@ -24,7 +24,7 @@ done
 wait
 cat "$logs"/shard_* >"$logs/all"
 # The first failures in full, the rest by name.
-grep -aE '^(cuda_|    Which is|a kernel hangs|.*declined what)' "$logs/all" | cut -c 1-400 | head -n 40 || true
+grep -aE '^(cuda_[a-z0-9]+ [A-Za-z]+:|no CUDA|a kernel hangs|.*declined what)' "$logs/all" | cut -c 1-400 | head -n 40 || true
 grep -aE '^\[  FAILED  \] .*, where' "$logs/all" | sed 's/, where GetParam.*//' | sort -u | head -n 60 || true
 grep -aE '^\[  FAILED  \] [A-Za-z]+\.[A-Za-z]+' "$logs/all" | grep -v 'where' | sort -u | head -n 20 || true
 grep -aE 'SHARD [0-9]+ ended with' "$logs/all" | awk '$5 != 0' || true
