@@ -5,5 +5,7 @@
 
 #include "core/implementation.hpp"
 
-namespace msa::cuda::sm90 {}
+namespace msa::cuda::sm90 {
+extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
+}
 namespace msa::cuda::generic {}
