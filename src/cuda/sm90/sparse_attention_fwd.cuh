@@ -346,11 +346,8 @@ class UnionConsumer {
   /// S -> P, unpacked and in place. Whether O must be multiplied by alpha_ (uniform over the warp):
   /// the reference m_ moves only when a maximum has passed it by more than 2^8.
   __device__ __forceinline__ bool softmax(float (&s)[kS], const int (&limit)[2]) {
-    if (!__any_sync(~0u, max(limit[0], limit[1]) >= 0)) {
-#pragma unroll
-      for (int i = 0; i < kS; ++i) s[i] = 0.0f;
-      return false;
-    }
+    idle_ = !__any_sync(~0u, max(limit[0], limit[1]) >= 0);
+    if (idle_) return false;
     if (!__all_sync(~0u, min(limit[0], limit[1]) >= kBlock - 1)) {
       const int column = lane_ % 4 * 2;
 #pragma unroll
@@ -399,6 +396,11 @@ class UnionConsumer {
     for (int i = 0; i < kO; ++i) o_[i] *= alpha_[i / 2 % 2];
   }
   __device__ __forceinline__ void pack_p(const float (&s)[kS]) {
+    if (idle_) {
+#pragma unroll
+      for (int i = 0; i < kS / 2; ++i) p_[i / 4][i % 4] = 0;
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kS / 2; ++i) p_[i / 4][i % 4] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
   }
@@ -432,6 +434,7 @@ class UnionConsumer {
         arrive(shared_.k_empty[current]);
         if (softmax(s, limit)) rescale_o();
         pack_p(s);
+        pin_op();  // P in place before the loop goes round, else ptxas serialises every wgmma
       }
       std::uint32_t parity = parity_;
       step();
@@ -454,6 +457,7 @@ class UnionConsumer {
         arrive(shared_.v_empty[current]);
         if (rescale) rescale_o();
         pack_p(s);
+        pin_op();  // P in place before the loop goes round, else ptxas serialises every wgmma
         current = stage_;
         parity = parity_;
         step();
@@ -561,6 +565,7 @@ class UnionConsumer {
   float m_[2];                 ///< reference of the exponentials, log2 domain
   float l_[2];                 ///< this thread's share of the sum
   float alpha_[2];
+  bool idle_ = false;          ///< none of the warp's rows attends the block: P is 0
 };
 
 template <class T, int kDim, int kBlock>
