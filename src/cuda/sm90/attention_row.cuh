@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One row of SparseAttentionForward by one warp on CUDA cores, touching only what the row attends:
+// the way out for rows that a tensor-core kernel reports as not finite, because 0 * NaN of a
+// neighbour's key is NaN. Slow and rare; its result is the contract's for any input.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/batch.cuh"
+#include "cuda/common/ptx/math.cuh"
+
+namespace msa::cuda::sm90 {
+
+/// SparseAttentionForward as kernels get it. Strides are in elements.
+struct AttentionTensors {
+  DeviceBatch batch;
+  const void* q;
+  const void* k;
+  const void* v;
+  const std::int32_t* block_ids;
+  void* out;
+  float* lse;  ///< or null
+  std::int64_t q_token_stride, q_head_stride;
+  std::int64_t k_page_stride, k_head_stride, k_token_stride;  ///< no page stride: ragged
+  std::int64_t v_page_stride, v_head_stride, v_token_stride;
+  std::int64_t ids_head_stride, ids_token_stride;
+  std::int64_t out_token_stride, out_head_stride;
+  std::int64_t lse_token_stride, lse_head_stride;
+  int num_kv_heads;
+  int group_size;
+  int head_dim;
+  int top_k;
+  float scale_log2;  ///< softmax scale * log2(e)
+
+  __device__ __forceinline__ const std::int32_t* ids_of(int kv_head, std::int64_t token) const {
+    return block_ids + kv_head * ids_head_stride + token * ids_token_stride;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64_t row, int kv_head,
+                                           int in_group) {
+  constexpr int kMaxShare = 4;  // elements of a row of at most 128 that a lane owns
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int head = kv_head * g.group_size + in_group;
+  const DeviceSequence sequence = sequence_of_query(g.batch, row);
+  const std::int64_t position = sequence.position(row - sequence.q_begin);
+  const int block_size = g.batch.block_size;
+  const T* const q = static_cast<const T*>(g.q) + row * g.q_token_stride + head * g.q_head_stride;
+  const std::int32_t* const ids = g.ids_of(kv_head, row);
+  float m = -INFINITY;
+  float l = 0.0f;
+  float o[kMaxShare] = {};
+#pragma unroll 1
+  for (int slot = 0; slot < g.top_k; ++slot) {
+    const std::int64_t block = ids[slot];
+    if (block < 0 || position < 0 || block > position / block_size) continue;
+    const std::int64_t first = block * block_size;
+    std::int64_t page = 0;
+    std::int64_t token = sequence.k_begin + first;
+    if (g.batch.page_table != nullptr) {
+      page = page_of(g.batch, sequence.batch_idx, block);
+      token = 0;
+      if (page < 0) continue;
+    }
+    const T* const k = static_cast<const T*>(g.k) + page * g.k_page_stride +
+                       kv_head * g.k_head_stride + token * g.k_token_stride;
+    const T* const v = static_cast<const T*>(g.v) + page * g.v_page_stride +
+                       kv_head * g.v_head_stride + token * g.v_token_stride;
+#pragma unroll 1
+    for (int start = 0; start < block_size && first + start <= position; start += 32) {
+      float s = -INFINITY;
+      if (first + start + lane <= position) {
+        const T* const key = k + (start + lane) * g.k_token_stride;
+        float dot = 0.0f;
+#pragma unroll 1
+        for (int d = 0; d < g.head_dim; ++d) {
+          dot = fmaf(static_cast<float>(q[d]), static_cast<float>(key[d]), dot);
+        }
+        s = dot * g.scale_log2;
+      }
+      float top = s;
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+      }
+      const float now = fmaxf(m, top);
+      const float alpha = m == now ? 1.0f : ptx::ex2(m - now);
+      m = now;
+      const float p = s == -INFINITY ? 0.0f : ptx::ex2(s - m);
+      float sum = p;
+      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      l = l * alpha + sum;
+#pragma unroll
+      for (int e = 0; e < kMaxShare; ++e) o[e] *= alpha;
+#pragma unroll 1
+      for (int j = 0; j < 32; ++j) {
+        const float weight = __shfl_sync(~0u, p, j);
+        if (first + start + j > position) break;
+#pragma unroll
+        for (int e = 0; e < kMaxShare; ++e) {
+          const int d = lane + 32 * e;
+          if (d < g.head_dim) {
+            o[e] = fmaf(weight, static_cast<float>(v[(start + j) * g.v_token_stride + d]), o[e]);
+          }
+        }
+      }
+    }
+  }
+  T* const out = static_cast<T*>(g.out) + row * g.out_token_stride + head * g.out_head_stride;
+#pragma unroll
+  for (int e = 0; e < kMaxShare; ++e) {
+    const int d = lane + 32 * e;
+    if (d < g.head_dim) out[d] = static_cast<T>(l == 0.0f ? 0.0f : o[e] / l);
+  }
+  if (g.lse != nullptr && lane == 0) {
+    constexpr float kLn2 = 0.693147180559945309f;
+    g.lse[row * g.lse_token_stride + head * g.lse_head_stride] =
+        l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2;
+  }
+}
+
+}  // namespace msa::cuda::sm90
