@@ -11,7 +11,7 @@
 #include <span>
 #include <string>
 
-#include "core/implementation.hpp"
+#include "cuda/cuda.hpp"
 
 namespace msa::cuda::sm90 {
 
@@ -22,7 +22,5 @@ std::size_t kv_outer_workspace_bytes(const SparseAttentionForward& args);
 /// not 0 are computed and written. Null: all.
 void kv_outer_run(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
                   std::span<std::byte> workspace, Stream stream);
-
-extern const ::msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
 
 }  // namespace msa::cuda::sm90
