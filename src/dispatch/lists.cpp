@@ -28,6 +28,9 @@ constexpr List<Indexer> kIndexer[] = {
 #endif
     &cpu::kIndexer, &reference::kIndexer};
 constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::sm90::kSparseAttentionForward, &cuda::sm90::kSparseAttentionForwardKvOuter,
+#endif
     &cpu::kSparseAttentionForward, &reference::kSparseAttentionForward};
 constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};

@@ -23,6 +23,13 @@ __device__ __forceinline__ float lg2(float x) {
   return y;
 }
 
+/// The larger one; NaN where one is NaN (fmaxf drops it).
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+
 /// Two numbers rounded to nearest even; `low` in the low half.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);

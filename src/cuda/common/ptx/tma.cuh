@@ -38,6 +38,14 @@ __device__ __forceinline__ void tma_load_4d(std::uint32_t to, const CUtensorMap*
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
 }
+__device__ __forceinline__ void tma_load_5d(std::uint32_t to, const CUtensorMap* map, int x, int y,
+                                            int z, int w, int u, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(u), "r"(barrier)
+      : "memory");
+}
 /// To the same address of every CTA of the cluster whose bit is set in `ctas`.
 __device__ __forceinline__ void tma_load_4d_multicast(std::uint32_t to, const CUtensorMap* map,
                                                       int x, int y, int z, int w,

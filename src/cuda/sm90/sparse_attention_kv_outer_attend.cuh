@@ -1,0 +1,437 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Partial results of each (query, block).
+//
+// Partials of a row (one query head of one token and slot) are kDim f16 numbers, the normalised
+// output times 2^exponent, its largest one in [2^14, 2^15): 11 bits wherever V's magnitude lies,
+// down to 2^-29 of the row's largest. A row is stored in the order of the accumulators: 16 bytes c
+// of lane q (of four) are the column pairs 8 (4 c + i) + 2 q, i = 0 .. 3, at byte 64 c + 16 q.
+#pragma once
+
+#include "cuda/common/ptx/barrier.cuh"
+#include "cuda/common/ptx/math.cuh"
+#include "cuda/common/ptx/tma.cuh"
+#include "cuda/common/ptx/wgmma.cuh"
+#include "cuda/common/swizzle.cuh"
+#include "cuda/sm90/sparse_attention_kv_outer.cuh"
+
+namespace msa::cuda::sm90::kv_outer {
+
+inline constexpr int kWarpgroups = 3;  // of consumers
+inline constexpr int kThreads = (kWarpgroups + 1) * 128;
+inline constexpr int kTileRows = 64;  // of a warpgroup: 64 / group_size tokens
+inline constexpr int kQStages = 2;    // of each warpgroup
+inline constexpr int kKvStages = 2;
+inline constexpr int kMaxSegments = 256;         // of a launch
+inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
+
+/// Partials of the tokens [first_token, first_token + tokens): row
+/// ((token * num_kv_heads + kv head) * top_k + slot) * group_size + head in the group.
+struct Partials {
+  std::uint16_t* out;      ///< f16 [rows][kDim]
+  float* lse;              ///< [rows], base 2
+  std::int8_t* exponents;  ///< [rows]
+  std::int64_t first_token;
+};
+
+struct AttendParams {
+  Lists lists;
+  Partials partials;
+  std::int64_t first_segment;
+  int num_segments;
+  int ticket;  ///< index in lists.tickets
+  int num_kv_heads;
+  int log2_group_size;
+  int top_k;
+  float scale_log2;
+};
+
+template <int kDim, int kBlock>
+struct Smem {
+  static constexpr int kPanels = kDim / 64;
+  static constexpr std::uint32_t kKvBytes = kBlock * kDim * 2;  // K or V
+  static constexpr std::uint32_t kQBytes = kTileRows * kDim * 2;
+  static constexpr int kTiles = kWarpgroups * kQStages;
+  static constexpr std::uint32_t kQ = kKvStages * 2 * kKvBytes;
+  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;   // int4 [kTiles]
+  static constexpr std::uint32_t kEntries = kInfos + kTiles * 16;  // u32 [kTiles][64]
+  static constexpr std::uint32_t kBarriers = kEntries + kTiles * kTileRows * 4;
+  static constexpr std::uint32_t kQFull = kBarriers;
+  static constexpr std::uint32_t kQEmpty = kQFull + kTiles * 8;
+  static constexpr std::uint32_t kKvFull = kQEmpty + kTiles * 8;
+  static constexpr std::uint32_t kKvEmpty = kKvFull + kKvStages * 8;
+  static constexpr std::uint32_t kFirstItems = kKvEmpty + kKvStages * 8;  // int [kMaxSegments + 1]
+  static constexpr std::uint32_t kBytes = kFirstItems + (kMaxSegments + 1) * 4;
+  static_assert(kBytes <= 232448);
+};
+
+/// What the producer tells a warpgroup about a tile, beside its entries.
+struct TileInfo {
+  static constexpr int kStage = 1;   // of K and V
+  static constexpr int kParity = 2;  // to wait for
+  static constexpr int kLast = 4;    // the warpgroup's last tile of the item
+  static constexpr int kStop = 8;    // no tile: the end
+};
+
+/// Q in shared memory: rows in groups of 8, each group kPanels panels of 8 x 128 bytes, so that
+/// one box of TMA is one token. Rows of a group are 128 bytes apart, groups kPanels * 1024.
+template <int kDim>
+__device__ __forceinline__ std::uint64_t q_descriptor(std::uint32_t address, int step) {
+  const std::uint32_t from = address + static_cast<std::uint32_t>(step / 4 * 1024 + step % 4 * 32);
+  const std::uint32_t low = (from & 0x3FFFF) >> 4 | 1u << 16;
+  constexpr std::uint32_t kHigh = kDim / 64 * 1024 >> 4 | 1u << 30;
+  return std::uint64_t{kHigh} << 32 | low;
+}
+
+/// One warp: items to tiles, tiles to warpgroups in turn.
+template <int kDim, int kBlock>
+__device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                        const CUtensorMap& v_map, const AttendParams& params,
+                                        std::uint32_t smem, const int* first_items,
+                                        char* smem_generic) {
+  using S = Smem<kDim, kBlock>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int log2_group = params.log2_group_size;
+  const int tile_tokens = kTileRows >> log2_group;
+  const int total_items = first_items[params.num_segments];
+  int* const tickets = params.lists.tickets + params.ticket;
+
+  struct Work {
+    Item item{0, 0, 0, 0};  // count 0: none is left
+    const std::uint32_t* entries = nullptr;
+    int head = 0;
+    std::int64_t first_token = 0;  // of the segment
+  };
+  const auto take = [&] { return lane == 0 ? atomicAdd(tickets, 1) : 0; };
+  const auto work_of = [&](int ticket) {
+    ticket = __shfl_sync(~0u, ticket, 0);
+    Work work;
+    if (ticket >= total_items) return work;
+    int low = 0;
+    int high = params.num_segments;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first_items[middle] <= ticket ? low : high) = middle;
+    }
+    const std::int64_t segment = params.first_segment + low;
+    const int4 raw = *reinterpret_cast<const int4*>(
+        params.lists.items + segment * params.lists.max_items + (ticket - first_items[low]));
+    work.item = Item{raw.x, raw.y, raw.z, raw.w};
+    work.entries =
+        params.lists.entries + segment * params.lists.window * params.top_k + work.item.begin;
+    work.head = static_cast<int>(segment % params.num_kv_heads);
+    work.first_token = segment / params.num_kv_heads * params.lists.window;
+    return work;
+  };
+  const auto load_kv = [&](const Work& work, int ordinal) {
+    const std::uint32_t stage = static_cast<std::uint32_t>(ordinal) % kKvStages;
+    const std::uint32_t parity = static_cast<std::uint32_t>(ordinal) / kKvStages & 1;
+    ptx::mbarrier_wait(smem + S::kKvEmpty + stage * 8, parity ^ 1);
+    if (lane == 0) {
+      const std::uint32_t full = smem + S::kKvFull + stage * 8;
+      const std::uint32_t to = smem + stage * 2 * S::kKvBytes;
+      ptx::mbarrier_expect_tx(full, 2 * S::kKvBytes);
+      ptx::tma_load_5d(to, &k_map, 0, work.item.row, 0, work.head, work.item.page, full);
+      ptx::tma_load_5d(to + S::kKvBytes, &v_map, 0, work.item.row, 0, work.head, work.item.page,
+                       full);
+    }
+    __syncwarp();
+  };
+  // Entries of a tile, one or two a lane.
+  const auto entries_of = [&](const Work& work, int tile, std::uint32_t(&entries)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = lane + 32 * i;
+      const int at = tile * tile_tokens + n;
+      entries[i] = n < tile_tokens && at < work.item.count ? work.entries[at] : Entry::kNone;
+    }
+  };
+
+  int turn = 0;           // warpgroup of the next tile
+  std::uint32_t use = 0;  // how often each warpgroup has had a tile
+  Work work = work_of(take());
+  if (work.item.count > 0) load_kv(work, 0);
+  std::uint32_t ahead[2];
+  entries_of(work, 0, ahead);
+  for (int ordinal = 0; work.item.count > 0; ++ordinal) {
+    const int ticket = take();
+    Work next;
+    const int num_tiles = (work.item.count + tile_tokens - 1) / tile_tokens;
+    if (num_tiles < kWarpgroups && lane < 4 * (kWarpgroups - num_tiles)) {
+      // For the warps that get no tile of this item.
+      ptx::mbarrier_arrive(smem + S::kKvEmpty +
+                           static_cast<std::uint32_t>(ordinal % kKvStages) * 8);
+    }
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const std::uint32_t entries[2] = {ahead[0], ahead[1]};
+      const bool last_tile = tile == num_tiles - 1;
+      if (tile == 1 || (last_tile && tile == 0)) next = work_of(ticket);
+      if (last_tile) {
+        entries_of(next, 0, ahead);
+      } else {
+        entries_of(work, tile + 1, ahead);
+      }
+      const int slot = turn * kQStages + static_cast<int>(use % kQStages);
+      const std::uint32_t full = smem + S::kQFull + static_cast<std::uint32_t>(slot) * 8;
+      ptx::mbarrier_wait(smem + S::kQEmpty + static_cast<std::uint32_t>(slot) * 8,
+                         (use / kQStages & 1) ^ 1);
+      auto* const shared_entries =
+          reinterpret_cast<std::uint32_t*>(smem_generic + S::kEntries) + slot * kTileRows;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (lane + 32 * i < tile_tokens) shared_entries[lane + 32 * i] = entries[i];
+      }
+      const int left = work.item.count - tile * tile_tokens;
+      const int num_tokens = left < tile_tokens ? left : tile_tokens;
+      if (lane == 0) {
+        const int flags = (ordinal % kKvStages) * TileInfo::kStage |
+                          (ordinal / kKvStages & 1) * TileInfo::kParity |
+                          (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0);
+        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] = make_int4(
+            flags, static_cast<int>(work.first_token - params.partials.first_token), work.head, 0);
+      }
+      __syncwarp();
+      if (lane == 0) {
+        ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(num_tokens * kDim * 2)
+                                          << log2_group);
+      }
+      __syncwarp();
+      const std::uint32_t to = smem + S::kQ + static_cast<std::uint32_t>(slot) * S::kQBytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (entries[i] == Entry::kNone) continue;
+        const int token = static_cast<int>(work.first_token) + Entry::token(entries[i]);
+        const std::uint32_t row = static_cast<std::uint32_t>(lane + 32 * i) << log2_group;
+        if (log2_group >= 3) {
+          ptx::tma_load_5d(to + row * (kDim * 2), &q_map, 0, 0, 0, work.head << (log2_group - 3),
+                           token, full);
+        } else {
+          for (int panel = 0; panel < S::kPanels; ++panel) {
+            ptx::tma_load_5d(to + row / 8 * (kDim * 16) + static_cast<std::uint32_t>(panel) * 1024 +
+                                 row % 8 * 128,
+                             &q_map, 0, work.head << log2_group, panel, 0, token, full);
+          }
+        }
+      }
+      __syncwarp();
+      if (++turn == kWarpgroups) turn = 0, ++use;
+      // Late enough that the warpgroups have left the stage or are about to.
+      if ((last_tile && tile < 5) || tile == 5) {
+        if (next.item.count > 0) load_kv(next, ordinal + 1);
+      }
+    }
+    work = next;
+  }
+  for (int wg = 0; wg < kWarpgroups; ++wg) {
+    const int slot = turn * kQStages + static_cast<int>(use % kQStages);
+    ptx::mbarrier_wait(smem + S::kQEmpty + static_cast<std::uint32_t>(slot) * 8,
+                       (use / kQStages & 1) ^ 1);
+    if (lane == 0) {
+      reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] = make_int4(TileInfo::kStop, 0, 0, 0);
+      ptx::mbarrier_arrive(smem + S::kQFull + static_cast<std::uint32_t>(slot) * 8);
+    }
+    __syncwarp();
+    if (++turn == kWarpgroups) turn = 0, ++use;
+  }
+}
+
+/// A warpgroup's tile once S stands: S -> P. Returns per row (of two a thread) the sum of the
+/// unrounded weights and the base-2 logarithm of it with the maximum put back.
+template <int kCount>
+__device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const int (&visible)[2],
+                                        int block_size, float (&sum)[2], float (&lse)[2]) {
+  if (__any_sync(~0u, visible[0] < block_size || visible[1] < block_size)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (ptx::accumulator_column(i) >= visible[i / 2 % 2]) s[i] = -INFINITY;
+    }
+  }
+  float reference[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float chain[4];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float x = s[i / 2 * 4 + h * 2 + i % 2];
+      chain[i % 4] = i < 4 ? x : fmaxf(chain[i % 4], x);
+    }
+    float top = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    reference[h] = top == -INFINITY ? 0.0f : top * scale;
+  }
+  float part[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    s[i] = ptx::ex2(fmaf(s[i], scale, -reference[i / 2 % 2]));
+    part[i / 2 % 2][i % 2] += s[i];
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    sum[h] = part[h][0] + part[h][1];
+    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    lse[h] = reference[h] + ptx::lg2(sum[h]);
+  }
+}
+
+template <class T, int kDim, int kBlock>
+__device__ __forceinline__ void consume(const AttendParams& params, std::uint32_t smem,
+                                        const char* smem_generic, int warpgroup) {
+  using S = Smem<kDim, kBlock>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int group_size = 1 << params.log2_group_size;
+  const int rows[2] = {ptx::accumulator_row(0), ptx::accumulator_row(2)};
+  for (std::uint32_t use = 0;; ++use) {
+    const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
+    ptx::mbarrier_wait(smem + S::kQFull + slot * 8, use / kQStages & 1);
+    const int4 info = reinterpret_cast<const int4*>(smem_generic + S::kInfos)[slot];
+    if (info.x & TileInfo::kStop) break;
+    const std::uint32_t kv_stage = info.x & TileInfo::kStage ? 1 : 0;
+    std::uint32_t entries[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      entries[h] = reinterpret_cast<const std::uint32_t*>(
+          smem_generic + S::kEntries)[slot * kTileRows + static_cast<std::uint32_t>(
+                                                             rows[h] >> params.log2_group_size)];
+    }
+    ptx::mbarrier_wait(smem + S::kKvFull + kv_stage * 8, info.x & TileInfo::kParity ? 1 : 0);
+
+    const std::uint32_t k_tile = smem + kv_stage * 2 * S::kKvBytes;
+    const std::uint32_t q_tile = smem + S::kQ + slot * S::kQBytes;
+    float s[kBlock / 2];
+    ptx::wgmma_fence();
+    {
+      const std::uint64_t k_descriptor = ptx::k_major_descriptor(k_tile);
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step) {
+        ptx::Wgmma<T, kBlock>::template ss<0>(
+            s, q_descriptor<kDim>(q_tile, step),
+            ptx::advance(k_descriptor, k_major_step(kBlock, static_cast<std::uint32_t>(step))),
+            step != 0);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(smem + S::kQEmpty + slot * 8);
+
+    const int visible[2] = {Entry::num_visible(entries[0]), Entry::num_visible(entries[1])};
+    float sum[2];
+    float lse[2];
+    softmax(s, params.scale_log2, visible, kBlock, sum, lse);
+    std::uint32_t p[kBlock / 16][4];
+#pragma unroll
+    for (int i = 0; i < kBlock / 4; ++i) p[i / 4][i % 4] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < kBlock / 16; ++i) ptx::pin(p[i]);
+
+    float o[kDim / 2];
+    ptx::wgmma_fence();
+    {
+      const std::uint64_t v_descriptor =
+          ptx::mn_major_descriptor(k_tile + S::kKvBytes, static_cast<std::uint32_t>(kBlock));
+#pragma unroll
+      for (int step = 0; step < kBlock / 16; ++step) {
+        ptx::Wgmma<T, kDim>::template rs<1>(
+            o, p[step], ptx::advance(v_descriptor, mn_major_step(static_cast<std::uint32_t>(step))),
+            step != 0);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+    if ((info.x & TileInfo::kLast) != 0 && lane == 0) {
+      ptx::mbarrier_arrive(smem + S::kKvEmpty + kv_stage * 8);
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kDim / 4; ++i) {
+        largest = ptx::max_nan(largest, fabsf(o[i / 2 * 4 + h * 2 + i % 2]));
+      }
+      largest = ptx::max_nan(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = ptx::max_nan(largest, __shfl_xor_sync(~0u, largest, 2));
+      const float inverse = sum[h] == 0.0f ? 0.0f : __fdividef(1.0f, sum[h]);
+      const int magnitude = __float_as_int(largest * inverse) >> 23 & 0xFF;
+      // 255: infinite or NaN. Ends such that 2^exponent and 2^-exponent are normal numbers.
+      int exponent = magnitude == 255 ? 0 : 14 + 127 - magnitude;
+      exponent = exponent > 112 ? 112 : exponent;
+      const float factor = inverse * __int_as_float((127 + exponent) << 23);
+      // A value that the row doesn't see may have made NaN of 0 times it.
+      if (largest != largest && visible[h] < kBlock) exponent = kRecompute;
+
+      if (entries[h] != Entry::kNone) {
+        const std::int64_t token = info.y + Entry::token(entries[h]);
+        const std::int64_t row =
+            ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h])) *
+                group_size +
+            (rows[h] & (group_size - 1));
+        std::uint16_t* const to = params.partials.out + row * kDim + lane % 4 * 8;
+#pragma unroll
+        for (int c = 0; c < kDim / 32; ++c) {
+          std::uint32_t packed[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = (4 * c + i) * 4 + h * 2;
+            packed[i] = ptx::pack<__half>(o[at] * factor, o[at + 1] * factor);
+          }
+          __stcs(reinterpret_cast<uint4*>(to + c * 32),
+                 make_uint4(packed[0], packed[1], packed[2], packed[3]));
+        }
+        if (lane % 4 == 0) {
+          params.partials.lse[row] = lse[h];
+          params.partials.exponents[row] = static_cast<std::int8_t>(exponent);
+        }
+      }
+    }
+  }
+}
+
+/// Persistent: a CTA takes items by number until none is left.
+template <class T, int kDim, int kBlock>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_kernel(const __grid_constant__ CUtensorMap q_map,
+                  const __grid_constant__ CUtensorMap k_map,
+                  const __grid_constant__ CUtensorMap v_map,
+                  const __grid_constant__ AttendParams params) {
+  using S = Smem<kDim, kBlock>;
+  extern __shared__ __align__(1024) char smem_generic[];
+  const std::uint32_t smem = ptx::smem_address(smem_generic);
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  int* const first_items = reinterpret_cast<int*>(smem_generic + S::kFirstItems);
+
+  for (int i = static_cast<int>(threadIdx.x); i < params.num_segments; i += kThreads) {
+    first_items[i + 1] = params.lists.num_items[params.first_segment + i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    first_items[0] = 0;
+    for (int i = 0; i < params.num_segments; ++i) first_items[i + 1] += first_items[i];
+    for (std::uint32_t i = 0; i < S::kTiles; ++i) {
+      ptx::mbarrier_init(smem + S::kQFull + i * 8, 1);
+      ptx::mbarrier_init(smem + S::kQEmpty + i * 8, 4);
+    }
+    for (std::uint32_t i = 0; i < kKvStages; ++i) {
+      ptx::mbarrier_init(smem + S::kKvFull + i * 8, 1);
+      ptx::mbarrier_init(smem + S::kKvEmpty + i * 8, kWarpgroups * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == kWarpgroups) {
+    ptx::decrease_registers<56>();
+    if (threadIdx.x / 32 == kWarpgroups * 4) {
+      produce<kDim, kBlock>(q_map, k_map, v_map, params, smem, first_items, smem_generic);
+    }
+  } else {
+    ptx::increase_registers<152>();
+    consume<T, kDim, kBlock>(params, smem, smem_generic, warpgroup);
+  }
+}
+
+}  // namespace msa::cuda::sm90::kv_outer
