@@ -135,7 +135,8 @@ PreparedCase prepare_attention(const Shape& shape, const SelectionFamily& family
   const Planned<SparseAttentionForward> attention(prompt->attention(), options);
   const auto workspace = std::make_shared<DeviceMemory>(attention.plan.workspace_bytes());
   const SelectionFacts selection = prompt->selection();
-  return {.enqueue = [=](cudaStream_t s) { attention.enqueue(workspace->data(), s); },
+  return {.enqueue = [prompt, attention,
+                      workspace](cudaStream_t s) { attention.enqueue(workspace->data(), s); },
           .implementation = attention.plan.implementation(),
           .flops = Prompt::attention_flops(selection),
           .bytes = prompt->attention_bytes(),
@@ -156,7 +157,7 @@ PreparedCase prepare_total(const Shape& shape, DType index_dtype, const Options&
   indexer.enqueue(workspace->data(), nullptr);
   const SelectionFacts selection = prompt->selection();
   return {.enqueue =
-              [=](cudaStream_t s) {
+              [prompt, indexer, attention, workspace](cudaStream_t s) {
                 indexer.enqueue(workspace->data(), s);
                 attention.enqueue(workspace->data(), s);
               },

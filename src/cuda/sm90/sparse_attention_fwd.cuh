@@ -31,7 +31,7 @@ namespace msa::cuda::sm90 {
 inline constexpr int kUnionThreads = 384;
 inline constexpr int kTileRows = 128;
 inline constexpr int kMaxStages = 6;
-inline constexpr int kChunks = 4;        ///< of the ring from planner to producer
+inline constexpr int kChunks = 4;  ///< of the ring from planner to producer
 inline constexpr int kChunkEntries = 8;
 
 /// A tile as its consumers see it.
@@ -49,7 +49,7 @@ struct UnionShared {
   std::uint64_t chunk_full[kChunks], chunk_empty[kChunks];
   int4 chunk[kChunks][kChunkEntries];  ///< block, row of its page, page, member tokens
   int4 chunk_info[kChunks];  ///< entries (negative: no tile is left), 1: ends a tile, KV head
-  int4 stage[kMaxStages];              ///< block, member tokens, 1: ends a tile
+  int4 stage[kMaxStages];    ///< block, member tokens, 1: ends a tile
   Tile tile[2];
   int ids[];  ///< planner: [ids per lane][32]
 };
@@ -113,8 +113,7 @@ __device__ __forceinline__ void plan_unions(const UnionParams& g, UnionShared& s
   };
   const auto publish = [&](int entries, bool ends_tile, int kv_head) {
     if (lane == 0) shared.chunk_info[chunk] = {entries, ends_tile ? 1 : 0, kv_head, 0};
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&shared.chunk_full[chunk]));
+    ptx::mbarrier_arrive(ptx::smem_address(&shared.chunk_full[chunk]));
     if (++chunk == kChunks) {
       chunk = 0;
       parity ^= 1;
@@ -279,7 +278,7 @@ class UnionConsumer {
     while (true) {
       ptx::mbarrier_wait(ptx::smem_address(&shared_.q_full[wg_]), q_parity);
       q_parity ^= 1;
-      const Tile tile = shared_.tile[wg_];
+      const Tile tile = read_tile();
       if (tile.num_tokens < 0) return;
       attend(tile);
       finish(tile);
@@ -296,15 +295,31 @@ class UnionConsumer {
     if (lane_ == 0) ptx::mbarrier_arrive(ptx::smem_address(&barrier));
   }
 
+  // Lane 0 tells the producers that a slot was read, so lane 0 alone reads it.
+
+  __device__ __forceinline__ Tile read_tile() const {
+    Tile tile{};
+    if (lane_ == 0) tile = shared_.tile[wg_];
+    tile.row0 = __shfl_sync(~0u, tile.row0, 0);
+    tile.num_tokens = __shfl_sync(~0u, tile.num_tokens, 0);
+    tile.position = __shfl_sync(~0u, tile.position, 0);
+    tile.kv_head = __shfl_sync(~0u, tile.kv_head, 0);
+    return tile;
+  }
+  __device__ __forceinline__ void read_entry() {
+    int4 entry{};
+    if (lane_ == 0) entry = shared_.stage[stage_];
+    block_ = __shfl_sync(~0u, entry.x, 0);
+    members_ = static_cast<std::uint32_t>(__shfl_sync(~0u, entry.y, 0));
+    ended_ = __shfl_sync(~0u, entry.z, 0) != 0;
+  }
+
   /// Passes over at most `limit` blocks that this warpgroup has no part in; whether it stands on
   /// one that it has. Sets ended_ at the end of the tile.
   __device__ __forceinline__ bool find(int limit) {
     while (!ended_ && limit-- > 0) {
       ptx::mbarrier_wait(ptx::smem_address(&shared_.k_full[stage_]), parity_);
-      const int4 entry = shared_.stage[stage_];
-      ended_ = entry.z != 0;
-      block_ = entry.x;
-      members_ = static_cast<std::uint32_t>(entry.y);
+      read_entry();
       if ((members_ & wg_members_) != 0) return true;
       arrive(shared_.k_empty[stage_]);
       ptx::mbarrier_wait(ptx::smem_address(&shared_.v_full[stage_]), parity_);
@@ -355,7 +370,7 @@ class UnionConsumer {
         if (i / 4 * 8 + i % 2 > limit[i / 2 % 2] - column) s[i] = -INFINITY;
       }
     }
-    const float scale = g_.tensors.scale_log2;
+    float scale = g_.tensors.scale_log2;
     float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -379,8 +394,18 @@ class UnionConsumer {
         l_[h] *= alpha_[h];
       }
     }
-    const float reference[2] = {m_[0] == -INFINITY ? 0.0f : m_[0],
-                                m_[1] == -INFINITY ? 0.0f : m_[1]};
+    float reference[2] = {m_[0] == -INFINITY ? 0.0f : m_[0], m_[1] == -INFINITY ? 0.0f : m_[1]};
+    // Below, the product with `scale` is not rounded, while the reference is a rounded one: up to
+    // 2^-24 of it apart. All of a row has that factor and it cancels, unless it overflows.
+    constexpr float kHuge = 0x1p30f;
+    if (__any_sync(~0u, fabsf(reference[0]) > kHuge || fabsf(reference[1]) > kHuge)) {
+#pragma unroll
+      for (int i = 0; i < kS; ++i) {
+        s[i] = __fadd_rn(__fmul_rn(s[i], scale), -reference[i / 2 % 2]);
+      }
+      scale = 1.0f;
+      reference[0] = reference[1] = 0.0f;
+    }
     float part[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kS; ++i) {
@@ -536,7 +561,8 @@ class UnionConsumer {
       rows |= rows >> 1;
       rows = (rows | rows >> 2) & 0x11111111u;
       while (rows != 0) {
-        const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + (__ffs(rows) - 1) / 4 + 8 * h;
+        const int row =
+            static_cast<int>(threadIdx.x) % 128 / 32 * 16 + (__ffs(rows) - 1) / 4 + 8 * h;
         rows &= rows - 1;
         __syncwarp();
         attend_row<T>(tensors, tile.row0 + (wg_ * 64 + row) / g_.slot_rows, tile.kv_head,
@@ -549,23 +575,23 @@ class UnionConsumer {
   UnionShared& shared_;
   int wg_;
   int lane_;
-  int token_[2];               ///< of the tile, by row
-  std::uint32_t wg_members_;   ///< the warpgroup's tokens
+  int token_[2];              ///< of the tile, by row
+  std::uint32_t wg_members_;  ///< the warpgroup's tokens
   std::uint64_t q_desc_, k_desc_, v_desc_;
 
-  int stage_ = 0;              ///< the next entry of the union
+  int stage_ = 0;  ///< the next entry of the union
   std::uint32_t parity_ = 0;
-  int block_ = 0;              ///< of the entry found last
+  int block_ = 0;  ///< of the entry found last
   std::uint32_t members_ = 0;
   bool ended_ = false;
   bool released_ = false;
 
   float o_[kO];
   std::uint32_t p_[kBlock / 16][4];
-  float m_[2];                 ///< reference of the exponentials, log2 domain
-  float l_[2];                 ///< this thread's share of the sum
+  float m_[2];  ///< reference of the exponentials, log2 domain
+  float l_[2];  ///< this thread's share of the sum
   float alpha_[2];
-  bool idle_ = false;          ///< none of the warp's rows attends the block: P is 0
+  bool idle_ = false;  ///< none of the warp's rows attends the block: P is 0
 };
 
 template <class T, int kDim, int kBlock>
@@ -591,7 +617,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
       ptx::mbarrier_init(ptx::smem_address(&shared.q_empty[i]), 4);
     }
     for (int i = 0; i < kChunks; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.chunk_full[i]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.chunk_full[i]), 32);
       ptx::mbarrier_init(ptx::smem_address(&shared.chunk_empty[i]), 1);
     }
     ptx::fence_mbarrier_init();

@@ -260,6 +260,18 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     reference[h] = top == -INFINITY ? 0.0f : top * scale;
   }
+  // Below, the product with `scale` is not rounded, while the reference is a rounded one: up to
+  // 2^-24 of it apart. All of a row has that factor and it cancels, unless it overflows.
+  constexpr float kHuge = 0x1p30f;
+  const float kept[2] = {reference[0], reference[1]};
+  if (__any_sync(~0u, fabsf(reference[0]) > kHuge || fabsf(reference[1]) > kHuge)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      s[i] = __fadd_rn(__fmul_rn(s[i], scale), -reference[i / 2 % 2]);
+    }
+    scale = 1.0f;
+    reference[0] = reference[1] = 0.0f;
+  }
   float part[2][2] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -271,7 +283,7 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     sum[h] = part[h][0] + part[h][1];
     sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
     sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    lse[h] = reference[h] + ptx::lg2(sum[h]);
+    lse[h] = kept[h] + ptx::lg2(sum[h]);
   }
 }
 
