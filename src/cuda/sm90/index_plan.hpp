@@ -22,6 +22,8 @@ namespace msa::cuda::sm90 {
 /// Most rows (tokens x index heads) of a CTA, and the keys that it multiplies them by at a time.
 inline constexpr int kIndexRows = 256;
 inline constexpr int kIndexTileKeys = 128;
+inline constexpr int kIndexCluster = 2;  // CTAs that share their key tiles
+inline constexpr int kIndexBoxKeys = kIndexTileKeys / kIndexCluster;  // what each loads at a time
 inline constexpr int kIndexDim = 128;  // smaller ones are filled up with zeros
 inline constexpr int kIndexHeads = 128;
 
@@ -105,7 +107,7 @@ IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
     const std::int64_t chunk_tiles = ceil_div(key_tiles, chunks);
     if (cost_of(chunk_tiles) < cost_of(best)) best = chunk_tiles;
   }
-  return {.row_tiles = total_q / tokens + core::batch_size(args.batch),
+  return {.row_tiles = round_up(total_q / tokens + core::batch_size(args.batch), kIndexCluster),
           .chunks = static_cast<int>(ceil_div(key_tiles, best)),
           .chunk_tiles = static_cast<int>(best)};
 }
@@ -130,8 +132,8 @@ inline CUtensorMap index_q_map(const TensorView& q, const Problem& p, int rows) 
   return make_tensor_map(q.data, q.dtype, dims, strides, box);
 }
 
-/// (dim, token, page): a box is one block, one panel wide. Without keys (total_k or num_pages is 0)
-/// nothing is ever loaded, but a map needs an address: that of the queries.
+/// (dim, token, page): a box is half a key tile, one panel wide. Without keys (total_k or num_pages
+/// is 0) nothing is ever loaded, but a map needs an address: that of the queries.
 template <class Args>
 CUtensorMap index_k_map(const Args& args) {
   const TensorView& k = args.index_k;
@@ -144,8 +146,8 @@ CUtensorMap index_k_map(const Args& args) {
   const std::uint64_t token_stride = map_stride(k, token_axis, dims[0] * size_of(k.dtype));
   const std::uint64_t strides[] = {
       token_stride, paged ? map_stride(k, 0, token_stride * tokens) : token_stride * tokens};
-  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(k.dtype)),
-                               static_cast<std::uint32_t>(args.problem.block_size), 1};
+  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(k.dtype)), kIndexBoxKeys,
+                               1};
   return make_tensor_map(none ? args.index_q.data : k.data, k.dtype, dims, strides, box);
 }
 
