@@ -169,40 +169,19 @@ __device__ __forceinline__ void cluster_sync() {
   ptx::cluster_wait();
 }
 
-/// Joins the maxima of a thread's two rows over the quad: even lanes get row lane / 4, odd ones row
-/// lane / 4 + 8. Each lane gives away the row that its neighbour keeps.
-template <class T, class Max>
-__device__ __forceinline__ T quad_max(T row0, T row8, Max max_of) {
-  const bool odd = threadIdx.x % 2 != 0;
-  T keep = odd ? row8 : row0;
-  keep = max_of(keep, __shfl_xor_sync(~0u, odd ? row0 : row8, 1));
-  return max_of(keep, __shfl_xor_sync(~0u, keep, 2));
-}
-
-/// The row maxima of accumulators [kBegin, kBegin + kCount). NaN loses.
+/// This thread's maxima of rows lane / 4 and lane / 4 + 8 over accumulators [kBegin, kBegin +
+/// kCount), by three-way maxima of integers: non-negative floats are ordered as their bits are,
+/// above negative ones. Half the instructions of fmaxf, and less power, which is what limits a long
+/// prompt. Where bits say nothing (a negative maximum, or a NaN, which wins by its bits), fmaxf
+/// does it again; NaN loses there.
 template <int kBegin, int kCount>
-__device__ __forceinline__ float row_max(const float (&s)[64]) {
-  float m[2][4];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float& chain = m[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-    chain = i < 8 ? s[kBegin + i] : fmaxf(chain, s[kBegin + i]);
-  }
-  return quad_max(fmaxf(fmaxf(m[0][0], m[0][1]), fmaxf(m[0][2], m[0][3])),
-                  fmaxf(fmaxf(m[1][0], m[1][1]), fmaxf(m[1][2], m[1][3])),
-                  [](float a, float b) { return fmaxf(a, b); });
-}
-
-/// The same with half the instructions (and less power, which is what limits a long prompt):
-/// non-negative floats are ordered as their bits are, above negative ones. Where that says nothing
-/// (a negative maximum, or a NaN, whose bits win) the warp takes the other way.
-template <int kBegin, int kCount>
-__device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
-  int m[2];
+__device__ __forceinline__ void thread_max(float (&m)[2], const float (&s)[64]) {
+  constexpr int kOwn = kCount / 2;
+  static_assert(kOwn % 4 == 0);
+  unsigned bits[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const auto at = [&](int j) { return __float_as_int(s[kBegin + j / 2 * 4 + h * 2 + j % 2]); };
-    constexpr int kOwn = kCount / 2;
     int x = at(0);
     int y = at(1);
 #pragma unroll
@@ -210,18 +189,35 @@ __device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
       x = __vimax3_s32(x, at(j), at(j + 1));
       y = __vimax3_s32(y, at(j + 2), at(j + 3));
     }
-    static_assert(kOwn % 4 == 0);
-    m[h] = max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y);
+    bits[h] = static_cast<unsigned>(max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y));
+    m[h] = __uint_as_float(bits[h]);
   }
-  const int bits = quad_max(m[0], m[1], [](int a, int b) { return max(a, b); });
   constexpr unsigned kInfinityBits = 0x7f800000;
-  if (__any_sync(~0u, static_cast<unsigned>(bits) > kInfinityBits))
-    return row_max<kBegin, kCount>(s);
-  return __int_as_float(bits);
+  if (max(bits[0], bits[1]) <= kInfinityBits) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float chain[4];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const float x = s[kBegin + j / 2 * 4 + h * 2 + j % 2];
+      chain[j % 4] = j < 4 ? x : fmaxf(chain[j % 4], x);
+    }
+    m[h] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+  }
+}
+
+/// Joins the maxima of a quad's threads: even lanes get row lane / 4, odd ones row lane / 4 + 8.
+/// Each lane gives away the row that its neighbour keeps.
+__device__ __forceinline__ float quad_max(const float (&m)[2]) {
+  const bool odd = threadIdx.x % 2 != 0;
+  float keep = odd ? m[1] : m[0];
+  keep = fmaxf(keep, __shfl_xor_sync(~0u, odd ? m[0] : m[1], 1));
+  return fmaxf(keep, __shfl_xor_sync(~0u, keep, 2));
 }
 
 /// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
-/// called by whole warps for each block, newest first, then finish().
+/// called by whole warps for each block, newest first, then finish(). wants_nothing(): finish() is
+/// to be called even where the chunk has no keys for this CTA.
 template <class Element, int kBlockSize, int kConsumers, class Sink>
 __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
                                                  const CUtensorMap& q_map, const CUtensorMap& k_map,
@@ -233,10 +229,13 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   const std::int64_t t_own = gridDim.x - 1 - blockIdx.x;  // longest first
   IndexTile tile = find_index_tile<Smem::kRows>(params, t_own);
   // Neighbouring rows of one sequence walk the same keys: the cluster loads them once.
-  const IndexTile peer = find_index_tile<Smem::kRows>(params, t_own ^ 1);
+  IndexTile peer{};
+  if (ptx::cluster_size() > 1) peer = find_index_tile<Smem::kRows>(params, t_own ^ 1);
   const bool shared = tile.num_queries != 0 && peer.num_queries != 0 &&
                       tile.sequence.batch_idx == peer.sequence.batch_idx;
   if (tile.num_queries == 0) return;
+  if (tile.begin >= max(tile.end, shared ? peer.end : 0) && !Sink::wants_nothing(sink_params))
+    return;
   if (shared) tile.end = max(tile.end, peer.end);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -300,9 +299,14 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   const std::uint64_t q_desc =
       ptx::k_major_descriptor(smem + Smem::kQ + warpgroup * 64 * kPanelBytes);
   const std::uint64_t k_desc = ptx::k_major_descriptor(smem + Smem::kK);
-  const auto finish_block = [&](int block, float m, bool missing) {
-    // The maximum is scaled, not the scores: rounding is monotonic. NaN becomes -inf here too.
-    sink.take(block, missing ? -INFINITY : fmaxf(m * scale, -INFINITY));
+  constexpr int kBlocks = kIndexTileKeys / kBlockSize;  // in a tile
+  float m[kBlocks][2];
+  const auto finish_tile = [&](int t) {
+#pragma unroll
+    for (int b = kBlocks - 1; b >= 0; --b) {
+      // The maximum is scaled, not the scores: rounding is monotonic. NaN becomes -inf.
+      sink.take(t * kBlocks + b, fmaxf(quad_max(m[b]) * scale, -INFINITY));
+    }
   };
 
   if (tile.begin < tile.end) ptx::mbarrier_wait(smem + Smem::kQFull, 0);
@@ -332,6 +336,8 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
       }
     }
     ptx::wgmma_commit();
+    // The tensor cores have work; the rest of the previous tile is done meanwhile.
+    if (t + 1 < tile.end) finish_tile(t + 1);
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     if (lane == 0) ptx::mbarrier_arrive(smem + Smem::kEmpty + stage * 8);
@@ -350,14 +356,17 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
         if (i / 4 * 8 + i % 2 > limit) s[i] = -INFINITY;
       }
     }
-    if constexpr (kBlockSize == 128) {
-      finish_block(t, row_max_of_bits<0, 64>(s), missing != 0);
-    } else {
-      const float low = row_max_of_bits<0, 32>(s);
-      finish_block(2 * t + 1, row_max_of_bits<32, 32>(s), (missing & 2) != 0);
-      finish_block(2 * t, low, (missing & 1) != 0);
+    constexpr int kCount = 64 / kBlocks;
+    thread_max<0, kCount>(m[0], s);
+    if constexpr (kBlocks == 2) thread_max<kCount, kCount>(m[1], s);
+    if (missing != 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if ((missing >> b & 1) != 0) m[b][0] = m[b][1] = -INFINITY;
+      }
     }
   }
+  if (tile.begin < tile.end) finish_tile(tile.begin);
   sink.finish();
   if (shared) cluster_sync();
 }
@@ -376,7 +385,7 @@ LaunchConfig index_launch(const IndexGrid& grid) {
   return {.grid = dim3(static_cast<unsigned>(grid.row_tiles), static_cast<unsigned>(grid.chunks)),
           .threads = kIndexThreads<kConsumers>,
           .smem_bytes = IndexSmem<Element, kConsumers>::kAllocated,
-          .cluster = kIndexCluster};
+          .cluster = grid.share_keys ? kIndexCluster : 1};
 }
 
 }  // namespace msa::cuda::sm90
