@@ -216,8 +216,8 @@ __device__ __forceinline__ float quad_max(const float (&m)[2]) {
 }
 
 /// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
-/// called by whole warps for each block, newest first, then finish(). wants_nothing(): finish() is
-/// to be called even where the chunk has no keys for this CTA.
+/// called by whole warps for each block, newest first, then finish(); where the chunk has no keys
+/// for this CTA, finish() is called only if finishes_without_keys() says so.
 template <class Element, int kBlockSize, int kConsumers, class Sink>
 __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
                                                  const CUtensorMap& q_map, const CUtensorMap& k_map,
@@ -234,7 +234,8 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   const bool shared = tile.num_queries != 0 && peer.num_queries != 0 &&
                       tile.sequence.batch_idx == peer.sequence.batch_idx;
   if (tile.num_queries == 0) return;
-  if (tile.begin >= max(tile.end, shared ? peer.end : 0) && !Sink::wants_nothing(sink_params))
+  if (tile.begin >= max(tile.end, shared ? peer.end : 0) &&
+      !Sink::finishes_without_keys(sink_params))
     return;
   if (shared) tile.end = max(tile.end, peer.end);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);

@@ -76,7 +76,9 @@ struct SelectBlocks {
     list.start(rule);
   }
 
-  static __device__ bool wants_nothing(const Params& params) { return params.partial == nullptr; }
+  static __device__ bool finishes_without_keys(const Params& params) {
+    return params.partial == nullptr;
+  }
 
   __device__ void take(int block, float score) {
     const bool better = score >= list.score[0] && block >= first && block <= last;
