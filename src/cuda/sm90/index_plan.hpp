@@ -22,6 +22,8 @@ namespace msa::cuda::sm90 {
 /// Most rows (tokens x index heads) of a CTA, and the keys that it multiplies them by at a time.
 inline constexpr int kIndexRows = 256;
 inline constexpr int kIndexTileKeys = 128;
+inline constexpr int kIndexCluster = 2;  // CTAs that share their key tiles
+inline constexpr int kIndexBoxKeys = kIndexTileKeys / kIndexCluster;  // what each loads at a time
 inline constexpr int kIndexDim = 128;  // smaller ones are filled up with zeros
 inline constexpr int kIndexHeads = 128;
 
@@ -64,6 +66,7 @@ struct IndexGrid {
   std::int64_t row_tiles;
   int chunks;
   int chunk_tiles;
+  bool share_keys;  ///< clusters of kIndexCluster CTAs
 };
 
 /// From shapes alone. Long prompts have enough row tiles for all SMs; otherwise the keys are cut
@@ -77,23 +80,27 @@ IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
       std::max<std::int64_t>(ceil_div(core::max_seq_len_k(args), kIndexTileKeys), 1);
   const int sms = std::max(num_sms(args.index_q.device.index), 1);
 
-  // Costs in units of one key tile of a CTA: 1.2 us at 870 TFLOP/s and 132 SMs.
-  constexpr double kStart = 3.0;           // of a CTA: launch, first loads, first insertions
-  constexpr double kBytesPerUnit = 2.5e6;  // what memory moves meanwhile
-  constexpr double kMergeLaunch = 4.0;
+  // Costs in units of one key tile of a CTA: 1.1 us on an H100, on which the others were measured.
+  constexpr double kStart = 6.0;           // of a CTA: launch, first loads, last stores
+  constexpr double kBytesPerUnit = 1.0e6;  // of lists, written and merged
+  constexpr double kMergeLaunch = 6.0;
   constexpr int kMostChunks = 64;
   const double longest = static_cast<double>(key_tiles);
   const double row_tiles =
       static_cast<double>(std::max(ceil_div(total_q, tokens), std::min(batch_size, total_q)));
-  const double queries = static_cast<double>(ceil_div(total_q, batch_size));
-  const double mean = longest - std::min(queries / kIndexTileKeys, longest) / 2;
+  // Row tiles see from longest - span to longest key tiles.
+  const double span =
+      std::clamp(static_cast<double>(ceil_div(total_q, batch_size)) / kIndexTileKeys, 1.0, longest);
   const auto cost_of = [&](std::int64_t chunk_tiles) {
     const double chunks = static_cast<double>(ceil_div(key_tiles, chunk_tiles));
     const double chunk = static_cast<double>(chunk_tiles);
     if (chunks == 1) {
-      return std::max(longest + kStart, row_tiles * (mean + kStart) / sms + kStart);
+      return std::max(longest, row_tiles * (longest - span / 2 + kStart) / sms) + kStart;
     }
-    const double units = row_tiles * (mean / chunk + 0.5);
+    double units = 0;
+    for (double seen = 0; seen < longest; seen += chunk) {
+      units += row_tiles * std::min((longest - seen) / span, 1.0);
+    }
     const double merge = static_cast<double>(total_q * args.problem.num_kv_heads) * chunks *
                          bytes_per_row / kBytesPerUnit;
     return std::ceil(units / sms) * (chunk + kStart) + (bytes_per_row > 0 ? kMergeLaunch : 0) +
@@ -105,9 +112,12 @@ IndexGrid index_grid(const Args& args, int rows, double bytes_per_row) {
     const std::int64_t chunk_tiles = ceil_div(key_tiles, chunks);
     if (cost_of(chunk_tiles) < cost_of(best)) best = chunk_tiles;
   }
-  return {.row_tiles = total_q / tokens + core::batch_size(args.batch),
+  // Multicast saves power, which is what limits long prompts; it costs a little at the start.
+  const bool share_keys = best == key_tiles && row_tiles >= 8.0 * sms;
+  return {.row_tiles = round_up(total_q / tokens + core::batch_size(args.batch), kIndexCluster),
           .chunks = static_cast<int>(ceil_div(key_tiles, best)),
-          .chunk_tiles = static_cast<int>(best)};
+          .chunk_tiles = static_cast<int>(best),
+          .share_keys = share_keys};
 }
 
 /// Bytes between the elements of an axis; where it has one element only, its stride says nothing
@@ -130,8 +140,8 @@ inline CUtensorMap index_q_map(const TensorView& q, const Problem& p, int rows) 
   return make_tensor_map(q.data, q.dtype, dims, strides, box);
 }
 
-/// (dim, token, page): a box is one block, one panel wide. Without keys (total_k or num_pages is 0)
-/// nothing is ever loaded, but a map needs an address: that of the queries.
+/// (dim, token, page): a box is half a key tile, one panel wide. Without keys (total_k or num_pages
+/// is 0) nothing is ever loaded, but a map needs an address: that of the queries.
 template <class Args>
 CUtensorMap index_k_map(const Args& args) {
   const TensorView& k = args.index_k;
@@ -144,8 +154,8 @@ CUtensorMap index_k_map(const Args& args) {
   const std::uint64_t token_stride = map_stride(k, token_axis, dims[0] * size_of(k.dtype));
   const std::uint64_t strides[] = {
       token_stride, paged ? map_stride(k, 0, token_stride * tokens) : token_stride * tokens};
-  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(k.dtype)),
-                               static_cast<std::uint32_t>(args.problem.block_size), 1};
+  const std::uint32_t box[] = {static_cast<std::uint32_t>(128 / size_of(k.dtype)), kIndexBoxKeys,
+                               1};
   return make_tensor_map(none ? args.index_q.data : k.data, k.dtype, dims, strides, box);
 }
 

@@ -50,7 +50,7 @@ struct IndexTileParams {
   int chunk_tiles;  ///< key tiles that one CTA scores at most; CTA (., y) starts at y times that
 };
 
-/// The rows of a CTA, and the row whose maxima a lane gets.
+/// The rows of a CTA.
 struct IndexTile {
   DeviceSequence sequence;
   std::int64_t first_query;  ///< of the sequence
@@ -59,6 +59,7 @@ struct IndexTile {
   int end;
 };
 
+/// The row whose maxima a lane gets.
 struct IndexRow {
   bool live;
   int head;
@@ -69,10 +70,10 @@ struct IndexRow {
 /// Sequence b takes the row tiles from q_begin / tokens + b on: enough for its own, and known
 /// without a scan over all lengths.
 template <int kRows>
-__device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& params) {
+__device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& params,
+                                                     std::int64_t t) {
   const DeviceBatch& batch = params.batch;
   const int log2_tokens = 31 - __clz(kRows) - params.log2_heads;
-  const std::int64_t t = gridDim.x - 1 - blockIdx.x;  // longest first
   std::int64_t low = 0;
   std::int64_t high = batch.batch_size;
   while (high - low > 1) {
@@ -89,19 +90,24 @@ __device__ __forceinline__ IndexTile find_index_tile(const IndexTileParams& para
   const std::int64_t last = tile.sequence.position(tile.first_query + tile.num_queries - 1);
   const std::int64_t num_tiles = last < 0 ? 0 : last / kIndexTileKeys + 1;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * params.chunk_tiles;
-  tile.begin = static_cast<int>(min(begin, num_tiles));
-  tile.end = static_cast<int>(min(begin + params.chunk_tiles, num_tiles));
+  tile.begin = static_cast<int>(begin);
+  tile.end = static_cast<int>(max(begin, min(begin + params.chunk_tiles, num_tiles)));
   return tile;
 }
 
-/// Loads the key tiles end - 1 .. begin into the ring. One warp.
+/// Loads the key tiles end - 1 .. begin into the ring. One warp. `shared`: each CTA of the cluster
+/// loads half of each tile for both.
 template <class Element, int kBlockSize, int kConsumers>
 __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const IndexTile& tile,
-                                                const CUtensorMap& k_map, std::uint32_t smem) {
+                                                const CUtensorMap& k_map, std::uint32_t smem,
+                                                bool shared) {
   using Smem = IndexSmem<Element, kConsumers>;
   constexpr int kBlocks = kIndexTileKeys / kBlockSize;  // in a tile
-  constexpr std::uint32_t kBoxBytes = kBlockSize * kPanelBytes;
+  constexpr int kBoxes = kIndexTileKeys / kIndexBoxKeys;
+  constexpr std::uint32_t kBoxBytes = kIndexBoxKeys * kPanelBytes;
+  static_assert(kBoxes == kIndexCluster && kBlockSize % kIndexBoxKeys == 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int rank = static_cast<int>(ptx::cluster_cta_rank());
   const bool paged = batch.page_table != nullptr;
   int pages[kBlocks] = {};  // of the tile `lane` before the first of each 32
   int stage = 0;
@@ -116,14 +122,11 @@ __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const 
         pages[b] = exists ? static_cast<int>(page_of(batch, tile.sequence.batch_idx, block)) : -1;
       }
     }
-    int row[kBlocks];
     int page[kBlocks];
     std::uint32_t missing = 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       page[b] = paged ? __shfl_sync(~0u, pages[b], nth) : 0;
-      row[b] =
-          paged ? 0 : static_cast<int>(tile.sequence.k_begin) + t * kIndexTileKeys + b * kBlockSize;
       missing |= page[b] < 0 ? 1u << b : 0u;
     }
     ptx::mbarrier_wait(smem + Smem::kEmpty + stage * 8, parity);
@@ -132,14 +135,24 @@ __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const 
       const std::uint32_t to = smem + Smem::kK + stage * Smem::kStageBytes;
       asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem + Smem::kMissing + stage * 4), "r"(missing)
                    : "memory");
-      ptx::mbarrier_expect_tx(full, (kBlocks - __popc(missing)) * Smem::kPanels * kBoxBytes);
+      ptx::mbarrier_expect_tx(full, (kBlocks - __popc(missing)) * (Smem::kStageBytes / kBlocks));
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        if (page[b] < 0) continue;
+      for (int box = 0; box < kBoxes; ++box) {
+        const int first_key = box * kIndexBoxKeys;
+        const int z = page[first_key / kBlockSize];
+        if (z < 0 || (shared && box != rank)) continue;
+        const int y =
+            paged ? first_key % kBlockSize
+                  : static_cast<int>(tile.sequence.k_begin) + t * kIndexTileKeys + first_key;
 #pragma unroll
         for (int panel = 0; panel < Smem::kPanels; ++panel) {
-          ptx::tma_load_3d(to + panel * kIndexTileKeys * kPanelBytes + b * kBoxBytes, &k_map,
-                           panel * Smem::kPanelDim, row[b], page[b], full);
+          const std::uint32_t box_to = to + panel * kIndexTileKeys * kPanelBytes + box * kBoxBytes;
+          const int x = panel * Smem::kPanelDim;
+          if (shared) {
+            ptx::tma_load_3d_multicast(box_to, &k_map, x, y, z, full, (1 << kIndexCluster) - 1);
+          } else {
+            ptx::tma_load_3d(box_to, &k_map, x, y, z, full);
+          }
         }
       }
     }
@@ -150,40 +163,25 @@ __device__ __forceinline__ void load_index_keys(const DeviceBatch& batch, const 
   }
 }
 
-/// Joins the maxima of a thread's two rows over the quad: even lanes get row lane / 4, odd ones row
-/// lane / 4 + 8. Each lane gives away the row that its neighbour keeps.
-template <class T, class Max>
-__device__ __forceinline__ T quad_max(T row0, T row8, Max max_of) {
-  const bool odd = threadIdx.x % 2 != 0;
-  T keep = odd ? row8 : row0;
-  keep = max_of(keep, __shfl_xor_sync(~0u, odd ? row0 : row8, 1));
-  return max_of(keep, __shfl_xor_sync(~0u, keep, 2));
+/// Neither CTA of a cluster may write to the other one before it has started or after it has ended.
+__device__ __forceinline__ void cluster_sync() {
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
 }
 
-/// The row maxima of accumulators [kBegin, kBegin + kCount). NaN loses.
+/// This thread's maxima of rows lane / 4 and lane / 4 + 8 over accumulators [kBegin, kBegin +
+/// kCount), by three-way maxima of integers: non-negative floats are ordered as their bits are,
+/// above negative ones. Half the instructions of fmaxf, and less power, which is what limits a long
+/// prompt. Where bits say nothing (a negative maximum, or a NaN, which wins by its bits), fmaxf
+/// does it again; NaN loses there.
 template <int kBegin, int kCount>
-__device__ __forceinline__ float row_max(const float (&s)[64]) {
-  float m[2][4];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float& chain = m[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-    chain = i < 8 ? s[kBegin + i] : fmaxf(chain, s[kBegin + i]);
-  }
-  return quad_max(fmaxf(fmaxf(m[0][0], m[0][1]), fmaxf(m[0][2], m[0][3])),
-                  fmaxf(fmaxf(m[1][0], m[1][1]), fmaxf(m[1][2], m[1][3])),
-                  [](float a, float b) { return fmaxf(a, b); });
-}
-
-/// The same with half the instructions: non-negative floats are ordered as their bits are, above
-/// negative ones. Where that says nothing (a negative maximum, or a NaN, whose bits win) the warp
-/// takes the other way.
-template <int kBegin, int kCount>
-__device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
-  int m[2];
+__device__ __forceinline__ void thread_max(float (&m)[2], const float (&s)[64]) {
+  constexpr int kOwn = kCount / 2;
+  static_assert(kOwn % 4 == 0);
+  unsigned bits[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const auto at = [&](int j) { return __float_as_int(s[kBegin + j / 2 * 4 + h * 2 + j % 2]); };
-    constexpr int kOwn = kCount / 2;
     int x = at(0);
     int y = at(1);
 #pragma unroll
@@ -191,28 +189,35 @@ __device__ __forceinline__ float row_max_of_bits(const float (&s)[64]) {
       x = __vimax3_s32(x, at(j), at(j + 1));
       y = __vimax3_s32(y, at(j + 2), at(j + 3));
     }
-    static_assert(kOwn % 4 == 0);
-    m[h] = max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y);
+    bits[h] = static_cast<unsigned>(max(__vimax3_s32(x, at(kOwn - 2), at(kOwn - 1)), y));
+    m[h] = __uint_as_float(bits[h]);
   }
-  const int bits = quad_max(m[0], m[1], [](int a, int b) { return max(a, b); });
   constexpr unsigned kInfinityBits = 0x7f800000;
-  if (__any_sync(~0u, static_cast<unsigned>(bits) > kInfinityBits))
-    return row_max<kBegin, kCount>(s);
-  return __int_as_float(bits);
+  if (max(bits[0], bits[1]) <= kInfinityBits) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float chain[4];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const float x = s[kBegin + j / 2 * 4 + h * 2 + j % 2];
+      chain[j % 4] = j < 4 ? x : fmaxf(chain[j % 4], x);
+    }
+    m[h] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+  }
 }
 
-/// 8-bit tiles take half the time, so that plain maxima would not hide behind them.
-template <class Element, int kBegin, int kCount>
-__device__ __forceinline__ float block_max(const float (&s)[64]) {
-  if constexpr (sizeof(Element) == 1) {
-    return row_max_of_bits<kBegin, kCount>(s);
-  } else {
-    return row_max<kBegin, kCount>(s);
-  }
+/// Joins the maxima of a quad's threads: even lanes get row lane / 4, odd ones row lane / 4 + 8.
+/// Each lane gives away the row that its neighbour keeps.
+__device__ __forceinline__ float quad_max(const float (&m)[2]) {
+  const bool odd = threadIdx.x % 2 != 0;
+  float keep = odd ? m[1] : m[0];
+  keep = fmaxf(keep, __shfl_xor_sync(~0u, odd ? m[0] : m[1], 1));
+  return fmaxf(keep, __shfl_xor_sync(~0u, keep, 2));
 }
 
 /// Scores the CTA's rows. Sink(params, tile, row) stands for this lane's row; take(block, score) is
-/// called by whole warps for each block, newest first, then finish().
+/// called by whole warps for each block, newest first, then finish(); where the chunk has no keys
+/// for this CTA, finish() is called only if finishes_without_keys() says so.
 template <class Element, int kBlockSize, int kConsumers, class Sink>
 __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
                                                  const CUtensorMap& q_map, const CUtensorMap& k_map,
@@ -221,14 +226,25 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   using Smem = IndexSmem<Element, kConsumers>;
   extern __shared__ std::uint8_t raw[];
   const std::uint32_t smem = (ptx::smem_address(raw) + 1023) & ~1023u;
-  const IndexTile tile = find_index_tile<Smem::kRows>(params);
+  const std::int64_t t_own = gridDim.x - 1 - blockIdx.x;  // longest first
+  IndexTile tile = find_index_tile<Smem::kRows>(params, t_own);
+  // Neighbouring rows of one sequence walk the same keys: the cluster loads them once.
+  IndexTile peer{};
+  if (ptx::cluster_size() > 1) peer = find_index_tile<Smem::kRows>(params, t_own ^ 1);
+  const bool shared = tile.num_queries != 0 && peer.num_queries != 0 &&
+                      tile.sequence.batch_idx == peer.sequence.batch_idx;
   if (tile.num_queries == 0) return;
+  if (tile.begin >= max(tile.end, shared ? peer.end : 0) &&
+      !Sink::finishes_without_keys(sink_params))
+    return;
+  if (shared) tile.end = max(tile.end, peer.end);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int live_rows = tile.num_queries << params.log2_heads;
 
   if (threadIdx.x == 0) {
-    const int active_warps = (live_rows + 63) / 64 * 4;
+    const int peer_rows = shared ? peer.num_queries << params.log2_heads : 0;
+    const int active_warps = ((live_rows + 63) / 64 + (peer_rows + 63) / 64) * 4;
     for (int stage = 0; stage < Smem::kStages; ++stage) {
       ptx::mbarrier_init(smem + Smem::kFull + stage * 8, 1);
       ptx::mbarrier_init(smem + Smem::kEmpty + stage * 8, active_warps);
@@ -237,6 +253,7 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  if (shared) cluster_sync();
 
   if (warpgroup == kConsumers) {
     ptx::decrease_registers<24>();
@@ -251,7 +268,9 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
       }
     }
     __syncwarp();
-    load_index_keys<Element, kBlockSize, kConsumers>(params.batch, tile, k_map, smem);
+    load_index_keys<Element, kBlockSize, kConsumers>(params.batch, tile, k_map, smem, shared);
+    __syncwarp();
+    if (shared) cluster_sync();
     return;
   }
 
@@ -275,14 +294,20 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
   const int first_position = position_of(warp_row);
   const int limit0 = position_of(warp_row + lane / 4) - lane % 4 * 2;
   const int limit8 = position_of(warp_row + lane / 4 + 8) - lane % 4 * 2;
+  const std::uint32_t peer_rank = ptx::cluster_cta_rank() ^ 1;
   const bool paged = params.batch.page_table != nullptr;
   const float scale = params.scale;
   const std::uint64_t q_desc =
       ptx::k_major_descriptor(smem + Smem::kQ + warpgroup * 64 * kPanelBytes);
   const std::uint64_t k_desc = ptx::k_major_descriptor(smem + Smem::kK);
-  const auto finish_block = [&](int block, float m, bool missing) {
-    // The maximum is scaled, not the scores: rounding is monotonic. NaN becomes -inf here too.
-    sink.take(block, missing ? -INFINITY : fmaxf(m * scale, -INFINITY));
+  constexpr int kBlocks = kIndexTileKeys / kBlockSize;  // in a tile
+  float m[kBlocks][2];
+  const auto finish_tile = [&](int t) {
+#pragma unroll
+    for (int b = kBlocks - 1; b >= 0; --b) {
+      // The maximum is scaled, not the scores: rounding is monotonic. NaN becomes -inf.
+      sink.take(t * kBlocks + b, fmaxf(quad_max(m[b]) * scale, -INFINITY));
+    }
   };
 
   if (tile.begin < tile.end) ptx::mbarrier_wait(smem + Smem::kQFull, 0);
@@ -312,9 +337,13 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
       }
     }
     ptx::wgmma_commit();
+    // The tensor cores have work; the rest of the previous tile is done meanwhile.
+    if (t + 1 < tile.end) finish_tile(t + 1);
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     if (lane == 0) ptx::mbarrier_arrive(smem + Smem::kEmpty + stage * 8);
+    if (shared && lane == 1)
+      ptx::mbarrier_arrive_remote(smem + Smem::kEmpty + stage * 8, peer_rank);
     if (++stage == Smem::kStages) {
       stage = 0;
       parity ^= 1;
@@ -328,15 +357,19 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
         if (i / 4 * 8 + i % 2 > limit) s[i] = -INFINITY;
       }
     }
-    if constexpr (kBlockSize == 128) {
-      finish_block(t, block_max<Element, 0, 64>(s), missing != 0);
-    } else {
-      const float low = block_max<Element, 0, 32>(s);
-      finish_block(2 * t + 1, block_max<Element, 32, 32>(s), (missing & 2) != 0);
-      finish_block(2 * t, low, (missing & 1) != 0);
+    constexpr int kCount = 64 / kBlocks;
+    thread_max<0, kCount>(m[0], s);
+    if constexpr (kBlocks == 2) thread_max<kCount, kCount>(m[1], s);
+    if (missing != 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if ((missing >> b & 1) != 0) m[b][0] = m[b][1] = -INFINITY;
+      }
     }
   }
+  if (tile.begin < tile.end) finish_tile(tile.begin);
   sink.finish();
+  if (shared) cluster_sync();
 }
 
 template <class Args>
@@ -352,7 +385,8 @@ template <class Element, int kConsumers>
 LaunchConfig index_launch(const IndexGrid& grid) {
   return {.grid = dim3(static_cast<unsigned>(grid.row_tiles), static_cast<unsigned>(grid.chunks)),
           .threads = kIndexThreads<kConsumers>,
-          .smem_bytes = IndexSmem<Element, kConsumers>::kAllocated};
+          .smem_bytes = IndexSmem<Element, kConsumers>::kAllocated,
+          .cluster = grid.share_keys ? kIndexCluster : 1};
 }
 
 }  // namespace msa::cuda::sm90

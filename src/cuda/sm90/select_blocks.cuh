@@ -76,6 +76,10 @@ struct SelectBlocks {
     list.start(rule);
   }
 
+  static __device__ bool finishes_without_keys(const Params& params) {
+    return params.partial == nullptr;
+  }
+
   __device__ void take(int block, float score) {
     const bool better = score >= list.score[0] && block >= first && block <= last;
     if (!__any_sync(~0u, better)) return;
@@ -139,14 +143,22 @@ __global__ void __launch_bounds__(kMergeThreads)
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     if (!__any_sync(~0u, chunk < row_chunks)) continue;
     const Entry* const from = select.partial_of(chunk, query, head);
-#pragma unroll 4
-    for (int place = 0; place < kPlaces; ++place) {
-      Entry entry{.score = __int_as_float(0x7fc00000), .id = kNoBlock};
-      if (chunk < row_chunks) entry = from[place];
-      // NaN marks forced blocks, which the list has already, and rows without this chunk.
-      const bool better = worse(list.score[0], list.id[0], entry.score, entry.id);
-      if (__any_sync(~0u, better)) {
-        list.insert(better ? entry.score : __int_as_float(0x7fc00000), entry.id, worse);
+    constexpr int kBatch = 8;  // loads in flight
+#pragma unroll 1
+    for (int place = 0; place < kPlaces; place += kBatch) {
+      Entry entries[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        entries[i] = {.score = __int_as_float(0x7fc00000), .id = kNoBlock};
+        if (chunk < row_chunks) entries[i] = from[place + i];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        // NaN marks forced blocks, which the list has already, and rows without this chunk.
+        const bool better = worse(list.score[0], list.id[0], entries[i].score, entries[i].id);
+        if (__any_sync(~0u, better)) {
+          list.insert(better ? entries[i].score : __int_as_float(0x7fc00000), entries[i].id, worse);
+        }
       }
     }
   }

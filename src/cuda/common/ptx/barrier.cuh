@@ -73,6 +73,11 @@ __device__ __forceinline__ std::uint32_t cluster_cta_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+__device__ __forceinline__ std::uint32_t cluster_size() {
+  std::uint32_t ctas;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ctas));
+  return ctas;
+}
 
 // Fences
 

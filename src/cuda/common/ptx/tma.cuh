@@ -46,6 +46,17 @@ __device__ __forceinline__ void tma_load_5d(std::uint32_t to, const CUtensorMap*
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(u), "r"(barrier)
       : "memory");
 }
+/// To the same address of every CTA of the cluster whose bit is set in `ctas`; each gets the bytes
+/// on the mbarrier at the same address.
+__device__ __forceinline__ void tma_load_3d_multicast(std::uint32_t to, const CUtensorMap* map,
+                                                      int x, int y, int z, std::uint32_t barrier,
+                                                      std::uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ctas)
+      : "memory");
+}
 /// To the same address of every CTA of the cluster whose bit is set in `ctas`.
 __device__ __forceinline__ void tma_load_4d_multicast(std::uint32_t to, const CUtensorMap* map,
                                                       int x, int y, int z, int w,
