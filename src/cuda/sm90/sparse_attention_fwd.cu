@@ -8,6 +8,7 @@
 #include "cuda/common/support.hpp"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/sm90/sparse_attention_kv_outer.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
@@ -85,12 +86,38 @@ AttentionTensors tensors_of(const SparseAttentionForward& args) {
   return g;
 }
 
+/// Whether tiles of little overlap go to the KV-outer kernel. It needs enough queries for a block to
+/// meet several of them, and its tiles to be ours.
+bool may_be_cold(const SparseAttentionForward& args) {
+  constexpr std::int64_t kMinQueries = 2048;
+  return args.problem.group_size() == kTileRows / kColdTile && args.q.shape[0] >= kMinQueries &&
+         !kv_outer_declines(args, {});
+}
+
+std::int64_t num_cold_tiles(const SparseAttentionForward& args) {
+  return ceil_div(args.q.shape[0], kColdTile);
+}
+std::size_t flag_bytes(const SparseAttentionForward& args) {
+  return static_cast<std::size_t>(
+      round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
+}
+
 template <class T, int kDim, int kBlock>
-void launch_union(const SparseAttentionForward& args, cudaStream_t stream) {
+void launch_union(const SparseAttentionForward& args, std::uint8_t* tile_is_cold,
+                  cudaStream_t stream) {
   const Problem& problem = args.problem;
   UnionParams g{};
   g.tensors = tensors_of(args);
   g.slot_rows = std::max(problem.group_size(), 4);
+  g.tile_is_cold = tile_is_cold;
+  g.num_cold_tiles = num_cold_tiles(args);
+  if (tile_is_cold != nullptr) {
+    launch(classify_kernel,
+           {.grid = dim3(static_cast<unsigned>(
+                ceil_div(g.num_cold_tiles * problem.num_kv_heads, kClassifyWarps))),
+            .threads = kClassifyWarps * 32},
+           stream, g.tensors, tile_is_cold, g.num_cold_tiles);
+  }
   const int tile_tokens = kTileRows / g.slot_rows;
   g.num_tiles = args.q.shape[0] / tile_tokens + g.tensors.batch.batch_size;
   const int lanes_per_token = 32 / tile_tokens;
@@ -112,12 +139,12 @@ void launch_union(const SparseAttentionForward& args, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_for(const SparseAttentionForward& args, cudaStream_t stream) {
+void launch_for(const SparseAttentionForward& args, std::uint8_t* cold, cudaStream_t stream) {
   const bool wide = args.problem.block_size == 128;
   if (args.problem.head_dim == 128) {
-    wide ? launch_union<T, 128, 128>(args, stream) : launch_union<T, 128, 64>(args, stream);
+    wide ? launch_union<T, 128, 128>(args, cold, stream) : launch_union<T, 128, 64>(args, cold, stream);
   } else {
-    wide ? launch_union<T, 64, 128>(args, stream) : launch_union<T, 64, 64>(args, stream);
+    wide ? launch_union<T, 64, 128>(args, cold, stream) : launch_union<T, 64, 64>(args, cold, stream);
   }
 }
 
@@ -156,15 +183,15 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
   return std::nullopt;
 }
 
-void run(const SparseAttentionForward& args, std::span<std::byte>, Stream stream) {
+void run(const SparseAttentionForward& args, std::span<std::byte> workspace, Stream stream) {
   if (args.q.shape[0] == 0) return;
   MSA_CHECK(reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0,
             "out must be aligned to 16 bytes, is at ", args.out.data);
-  if (args.q.dtype == DType::bf16) {
-    launch_for<__nv_bfloat16>(args, stream_of(stream));
-  } else {
-    launch_for<__half>(args, stream_of(stream));
-  }
+  const bool cold = may_be_cold(args);
+  auto* const flags = cold ? reinterpret_cast<std::uint8_t*>(workspace.data()) : nullptr;
+  (args.q.dtype == DType::bf16 ? launch_for<__nv_bfloat16> : launch_for<__half>)(
+      args, flags, stream_of(stream));
+  if (cold) kv_outer_run(args, flags, workspace.subspan(flag_bytes(args)), stream);
 }
 
 }  // namespace
@@ -173,7 +200,9 @@ const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwar
     .name = "cuda_sm90",
     .dtypes = "bf16 f16",
     .declines = declines,
-    .workspace_bytes = [](const SparseAttentionForward&) -> std::size_t { return 0; },
+    .workspace_bytes = [](const SparseAttentionForward& args) -> std::size_t {
+      return may_be_cold(args) ? flag_bytes(args) + kv_outer_workspace_bytes(args) : 0;
+    },
     .run = run};
 
 }  // namespace msa::cuda::sm90

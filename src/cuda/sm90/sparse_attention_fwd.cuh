@@ -30,6 +30,7 @@ namespace msa::cuda::sm90 {
 
 inline constexpr int kUnionThreads = 384;
 inline constexpr int kTileRows = 128;
+inline constexpr int kColdTile = 8;  ///< tokens; of a tile too where any can be cold
 inline constexpr int kMaxStages = 6;
 inline constexpr int kChunks = 4;  ///< of the ring from planner to producer
 inline constexpr int kChunkEntries = 8;
@@ -40,6 +41,7 @@ struct Tile {
   int num_tokens;     ///< 0: nothing to do; negative: no tile is left
   int position;       ///< of the first token among the keys; may be negative
   int kv_head;
+  std::uint32_t cold;  ///< bit t: token t belongs to the KV-outer kernel
 };
 
 /// What lies behind the tiles in shared memory.
@@ -58,6 +60,9 @@ struct UnionParams {
   AttentionTensors tensors;
   std::int64_t num_tiles;  ///< per KV head, an upper bound
   int slot_rows;           ///< rows per token: the group size, at least 4
+  /// [num_kv_heads][num_cold_tiles], tiles of kColdTile packed tokens, or null: none is cold
+  const std::uint8_t* tile_is_cold;
+  std::int64_t num_cold_tiles;
   int stages;
   int ids_per_lane;
 };
@@ -82,6 +87,17 @@ __device__ __forceinline__ Tile tile_at(const UnionParams& g, std::int64_t item,
   tile.num_tokens = static_cast<int>(left < 0 ? 0 : left > tile_tokens ? tile_tokens : left);
   tile.position = static_cast<int>(sequence.position(first));
   tile.kv_head = static_cast<int>(item / g.num_tiles);
+  tile.cold = 0;
+  if (g.tile_is_cold != nullptr && tile.num_tokens > 0) {  // it lies in one cold tile or in two
+    const std::uint8_t* const flags = g.tile_is_cold + tile.kv_head * g.num_cold_tiles;
+    const int in_first = kColdTile - static_cast<int>(tile.row0 % kColdTile);
+    const std::uint32_t first_bits = (1u << in_first) - 1;
+    const std::uint32_t live_bits = (1u << tile.num_tokens) - 1;
+    if (flags[tile.row0 / kColdTile] != 0) tile.cold |= first_bits;
+    if (flags[(tile.row0 + tile.num_tokens - 1) / kColdTile] != 0) tile.cold |= ~first_bits;
+    tile.cold &= live_bits;
+    if (tile.cold == live_bits) tile.num_tokens = 0;
+  }
   return tile;
 }
 
@@ -124,7 +140,8 @@ __device__ __forceinline__ void plan_unions(const UnionParams& g, UnionShared& s
     const Tile tile = tile_at(g, item, sequence);
     if (tile.num_tokens == 0) continue;
     const int position = tile.position + token;
-    const int local = token < tile.num_tokens && position >= 0 ? position / kBlock : -1;
+    const bool here = token < tile.num_tokens && (tile.cold >> token & 1) == 0;
+    const int local = here && position >= 0 ? position / kBlock : -1;
     const std::int32_t* const ids = g.tensors.ids_of(tile.kv_head, tile.row0 + token);
     int head = -1;
     for (int i = 0; i < g.ids_per_lane; ++i) {
@@ -248,9 +265,15 @@ __device__ __forceinline__ void load_queries(const UnionParams& g, UnionShared& 
   for (std::int64_t item = blockIdx.x; item < num_items(g); item += gridDim.x) {
     DeviceSequence sequence;
     const Tile tile = tile_at(g, item, sequence);
-    if (tile.num_tokens > 0) send(tile);
+    if (tile.num_tokens == 0) continue;
+#pragma unroll
+    for (int half = 0; half < 2 * (kDim / 64); ++half) {  // waits for its place in the L2 cache
+      ptx::tma_prefetch_3d(&q_map, half / 2 * 64, tile.kv_head * g.tensors.group_size,
+                           static_cast<int>(tile.row0) + half % 2 * (64 / g.slot_rows));
+    }
+    send(tile);
   }
-  send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0});
+  send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0, .cold = 0});
 }
 
 /// One warpgroup; thread t of it holds rows t / 32 * 16 + t % 32 / 4 (h = 0) and 8 below (h = 1) of
@@ -511,7 +534,8 @@ class UnionConsumer {
       l_[h] += __shfl_xor_sync(~0u, l_[h], 2);
       const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_ / 4 + 8 * h;
       const int in_group = row % g_.slot_rows;
-      live[h] = in_group < tensors.group_size && token_[h] < tile.num_tokens;
+      live[h] = in_group < tensors.group_size && token_[h] < tile.num_tokens &&
+                (tile.cold >> token_[h] & 1) == 0;
       const float inverse = l_[h] == 0.0f ? 0.0f : 1.0f / l_[h];
       float not_finite = l_[h] * 0.0f;  // 0, or NaN for NaN and infinities
 #pragma unroll
@@ -593,6 +617,43 @@ class UnionConsumer {
   float alpha_[2];
   bool idle_ = false;  ///< none of the warp's rows attends the block: P is 0
 };
+
+/// Marks the tiles whose tokens share so little that the KV-outer kernel is faster: measured on an
+/// H100, the two meet where the union is 3.25 times as long as the mean list. One warp per tile.
+inline constexpr int kClassifyWarps = 4;
+inline constexpr int kMaxIds = kColdTile * 64;
+
+__global__ void __launch_bounds__(kClassifyWarps * 32)
+    classify_kernel(const __grid_constant__ AttentionTensors tensors, std::uint8_t* tile_is_cold,
+                    std::int64_t num_cold_tiles) {
+  __shared__ int all_ids[kClassifyWarps][kMaxIds];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const std::int64_t item = std::int64_t{blockIdx.x} * kClassifyWarps + warp;
+  if (item >= num_cold_tiles * tensors.num_kv_heads) return;
+  const int kv_head = static_cast<int>(item / num_cold_tiles);
+  const std::int64_t row0 = item % num_cold_tiles * kColdTile;
+  const std::int64_t left = tensors.batch.total_q - row0;
+  const int num_tokens = left < kColdTile ? static_cast<int>(left) : kColdTile;
+  int* const ids = all_ids[warp];
+  for (int i = lane; i < num_tokens * tensors.top_k; i += 32) {
+    ids[i] = tensors.ids_of(kv_head, row0 + i / tensors.top_k)[i % tensors.top_k];
+  }
+  __syncwarp();
+  int pairs = 0;
+  int distinct = 0;
+  for (int i = lane; i < num_tokens * tensors.top_k; i += 32) {
+    if (ids[i] < 0) continue;
+    ++pairs;
+    const int earlier = i / tensors.top_k * tensors.top_k;
+    bool first = true;
+    for (int j = 0; j < earlier; ++j) first = first && ids[j] != ids[i];
+    distinct += first ? 1 : 0;
+  }
+  pairs = __reduce_add_sync(~0u, pairs);
+  distinct = __reduce_add_sync(~0u, distinct);
+  if (lane == 0) tile_is_cold[item] = 4 * distinct * num_tokens > 13 * pairs ? 1 : 0;
+}
 
 template <class T, int kDim, int kBlock>
 __global__ void __launch_bounds__(kUnionThreads, 1)
