@@ -686,7 +686,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
   __syncthreads();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp < 4) {
-    ptx::decrease_registers<40>();
+    ptx::decrease_registers<48>();
     if (warp == 0) {
       if (threadIdx.x == 0) load_keys<kDim, kBlock>(g, shared, stages, k_map, v_map);
     } else if (warp == 1) {
@@ -695,7 +695,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
       if (threadIdx.x == 64) load_queries<kDim>(g, shared, queries, q_map);
     }
   } else {
-    ptx::increase_registers<232>();
+    ptx::increase_registers<224>();
     UnionConsumer<T, kDim, kBlock>(g, shared, queries, stages).run();
   }
 }
