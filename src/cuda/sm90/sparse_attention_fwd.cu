@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/sm90/sparse_attention_fwd.cuh"
-
 #include <algorithm>
 #include <array>
 
@@ -8,6 +6,7 @@
 #include "cuda/common/support.hpp"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/sm90/sparse_attention_fwd.cuh"
 #include "cuda/sm90/sparse_attention_kv_outer.hpp"
 
 namespace msa::cuda::sm90 {
@@ -41,15 +40,14 @@ CUtensorMap map_of_keys(const TensorView& view, const SparseAttentionForward& ar
 
 CUtensorMap map_of_queries(const SparseAttentionForward& args, int slot_rows) {
   const Problem& problem = args.problem;
-  return make_tensor_map(
-      args.q.data, args.q.dtype,
-      std::array{static_cast<std::uint64_t>(problem.head_dim),
-                 static_cast<std::uint64_t>(problem.num_q_heads),
-                 static_cast<std::uint64_t>(args.q.shape[0])},
-      std::array{std::max<std::uint64_t>(bytes_of(args.q.stride[1]), 16),
-                 std::max<std::uint64_t>(bytes_of(args.q.stride[0]), 16)},
-      std::array<std::uint32_t, 3>{64, static_cast<std::uint32_t>(slot_rows),
-                                   static_cast<std::uint32_t>(64 / slot_rows)});
+  return make_tensor_map(args.q.data, args.q.dtype,
+                         std::array{static_cast<std::uint64_t>(problem.head_dim),
+                                    static_cast<std::uint64_t>(problem.num_q_heads),
+                                    static_cast<std::uint64_t>(args.q.shape[0])},
+                         std::array{std::max<std::uint64_t>(bytes_of(args.q.stride[1]), 16),
+                                    std::max<std::uint64_t>(bytes_of(args.q.stride[0]), 16)},
+                         std::array<std::uint32_t, 3>{64, static_cast<std::uint32_t>(slot_rows),
+                                                      static_cast<std::uint32_t>(64 / slot_rows)});
 }
 
 AttentionTensors tensors_of(const SparseAttentionForward& args) {
@@ -81,13 +79,13 @@ AttentionTensors tensors_of(const SparseAttentionForward& args) {
   g.head_dim = args.problem.head_dim;
   g.top_k = args.problem.top_k;
   constexpr double kLog2E = 1.4426950408889634;
-  g.scale_log2 = static_cast<float>(
-      scale_or_default(args.softmax_scale, args.problem.head_dim) * kLog2E);
+  g.scale_log2 =
+      static_cast<float>(scale_or_default(args.softmax_scale, args.problem.head_dim) * kLog2E);
   return g;
 }
 
-/// Whether tiles of little overlap go to the KV-outer kernel. It needs enough queries for a block to
-/// meet several of them, and its tiles to be ours.
+/// Whether tiles of little overlap go to the KV-outer kernel. It needs enough queries for a block
+/// to meet several of them, and its tiles to be ours.
 bool may_be_cold(const SparseAttentionForward& args) {
   constexpr std::int64_t kMinQueries = 2048;
   return args.problem.group_size() == kTileRows / kColdTile && args.q.shape[0] >= kMinQueries &&
@@ -98,8 +96,7 @@ std::int64_t num_cold_tiles(const SparseAttentionForward& args) {
   return ceil_div(args.q.shape[0], kColdTile);
 }
 std::size_t flag_bytes(const SparseAttentionForward& args) {
-  return static_cast<std::size_t>(
-      round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
+  return static_cast<std::size_t>(round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
 }
 
 template <class T, int kDim, int kBlock>
@@ -126,8 +123,8 @@ void launch_union(const SparseAttentionForward& args, std::uint8_t* tile_is_cold
   constexpr std::size_t kStageBytes = std::size_t{2} * kBlock * kDim * 2;
   const std::size_t fixed =
       kQBytes + sizeof(UnionShared) + static_cast<std::size_t>(g.ids_per_lane) * 32 * sizeof(int);
-  g.stages = static_cast<int>(
-      std::min<std::size_t>(kMaxStages, (kSmemLimit - fixed) / kStageBytes));
+  g.stages =
+      static_cast<int>(std::min<std::size_t>(kMaxStages, (kSmemLimit - fixed) / kStageBytes));
   const std::int64_t items = g.num_tiles * problem.num_kv_heads;
   const std::int64_t grid = std::min<std::int64_t>(items, num_sms(args.q.device.index));
   launch(union_kernel<T, kDim, kBlock>,
@@ -142,9 +139,11 @@ template <class T>
 void launch_for(const SparseAttentionForward& args, std::uint8_t* cold, cudaStream_t stream) {
   const bool wide = args.problem.block_size == 128;
   if (args.problem.head_dim == 128) {
-    wide ? launch_union<T, 128, 128>(args, cold, stream) : launch_union<T, 128, 64>(args, cold, stream);
+    wide ? launch_union<T, 128, 128>(args, cold, stream)
+         : launch_union<T, 128, 64>(args, cold, stream);
   } else {
-    wide ? launch_union<T, 64, 128>(args, cold, stream) : launch_union<T, 64, 64>(args, cold, stream);
+    wide ? launch_union<T, 64, 128>(args, cold, stream)
+         : launch_union<T, 64, 64>(args, cold, stream);
   }
 }
 
@@ -189,8 +188,8 @@ void run(const SparseAttentionForward& args, std::span<std::byte> workspace, Str
             "out must be aligned to 16 bytes, is at ", args.out.data);
   const bool cold = may_be_cold(args);
   auto* const flags = cold ? reinterpret_cast<std::uint8_t*>(workspace.data()) : nullptr;
-  (args.q.dtype == DType::bf16 ? launch_for<__nv_bfloat16> : launch_for<__half>)(
-      args, flags, stream_of(stream));
+  (args.q.dtype == DType::bf16 ? launch_for<__nv_bfloat16> : launch_for<__half>)(args, flags,
+                                                                                 stream_of(stream));
   if (cold) kv_outer_run(args, flags, workspace.subspan(flag_bytes(args)), stream);
 }
 

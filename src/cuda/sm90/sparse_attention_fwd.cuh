@@ -327,6 +327,7 @@ class UnionConsumer {
     tile.num_tokens = __shfl_sync(~0u, tile.num_tokens, 0);
     tile.position = __shfl_sync(~0u, tile.position, 0);
     tile.kv_head = __shfl_sync(~0u, tile.kv_head, 0);
+    tile.cold = __shfl_sync(~0u, tile.cold, 0);
     return tile;
   }
   __device__ __forceinline__ void read_entry() {
