@@ -25,12 +25,12 @@
 #include "cuda/common/ptx/wgmma.cuh"
 #include "cuda/common/swizzle.cuh"
 #include "cuda/sm90/attention_row.cuh"
+#include "cuda/sm90/sparse_attention_fwd.hpp"
 
 namespace msa::cuda::sm90 {
 
 inline constexpr int kUnionThreads = 384;
 inline constexpr int kTileRows = 128;
-inline constexpr int kColdTile = 8;  ///< tokens; of a tile too where any can be cold
 inline constexpr int kMaxStages = 6;
 inline constexpr int kChunks = 4;  ///< of the ring from planner to producer
 inline constexpr int kChunkEntries = 8;
@@ -618,43 +618,6 @@ class UnionConsumer {
   float alpha_[2];
   bool idle_ = false;  ///< none of the warp's rows attends the block: P is 0
 };
-
-/// Marks the tiles whose tokens share so little that the KV-outer kernel is faster: measured on an
-/// H100, the two meet where the union is 3.25 times as long as the mean list. One warp per tile.
-inline constexpr int kClassifyWarps = 4;
-inline constexpr int kMaxIds = kColdTile * 64;
-
-__global__ void __launch_bounds__(kClassifyWarps * 32)
-    classify_kernel(const __grid_constant__ AttentionTensors tensors, std::uint8_t* tile_is_cold,
-                    std::int64_t num_cold_tiles) {
-  __shared__ int all_ids[kClassifyWarps][kMaxIds];
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int64_t item = std::int64_t{blockIdx.x} * kClassifyWarps + warp;
-  if (item >= num_cold_tiles * tensors.num_kv_heads) return;
-  const int kv_head = static_cast<int>(item / num_cold_tiles);
-  const std::int64_t row0 = item % num_cold_tiles * kColdTile;
-  const std::int64_t left = tensors.batch.total_q - row0;
-  const int num_tokens = left < kColdTile ? static_cast<int>(left) : kColdTile;
-  int* const ids = all_ids[warp];
-  for (int i = lane; i < num_tokens * tensors.top_k; i += 32) {
-    ids[i] = tensors.ids_of(kv_head, row0 + i / tensors.top_k)[i % tensors.top_k];
-  }
-  __syncwarp();
-  int pairs = 0;
-  int distinct = 0;
-  for (int i = lane; i < num_tokens * tensors.top_k; i += 32) {
-    if (ids[i] < 0) continue;
-    ++pairs;
-    const int earlier = i / tensors.top_k * tensors.top_k;
-    bool first = true;
-    for (int j = 0; j < earlier; ++j) first = first && ids[j] != ids[i];
-    distinct += first ? 1 : 0;
-  }
-  pairs = __reduce_add_sync(~0u, pairs);
-  distinct = __reduce_add_sync(~0u, distinct);
-  if (lane == 0) tile_is_cold[item] = 4 * distinct * num_tokens > 13 * pairs ? 1 : 0;
-}
 
 template <class T, int kDim, int kBlock>
 __global__ void __launch_bounds__(kUnionThreads, 1)
