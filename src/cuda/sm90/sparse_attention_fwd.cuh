@@ -394,7 +394,7 @@ class UnionConsumer {
         if (i / 4 * 8 + i % 2 > limit[i / 2 % 2] - column) s[i] = -INFINITY;
       }
     }
-    float scale = g_.tensors.scale_log2;
+    const float scale = g_.tensors.scale_log2;
     float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -418,18 +418,8 @@ class UnionConsumer {
         l_[h] *= alpha_[h];
       }
     }
-    float reference[2] = {m_[0] == -INFINITY ? 0.0f : m_[0], m_[1] == -INFINITY ? 0.0f : m_[1]};
-    // Below, the product with `scale` is not rounded, while the reference is a rounded one: up to
-    // 2^-24 of it apart. All of a row has that factor and it cancels, unless it overflows.
-    constexpr float kHuge = 0x1p30f;
-    if (__any_sync(~0u, fabsf(reference[0]) > kHuge || fabsf(reference[1]) > kHuge)) {
-#pragma unroll
-      for (int i = 0; i < kS; ++i) {
-        s[i] = __fadd_rn(__fmul_rn(s[i], scale), -reference[i / 2 % 2]);
-      }
-      scale = 1.0f;
-      reference[0] = reference[1] = 0.0f;
-    }
+    const float reference[2] = {m_[0] == -INFINITY ? 0.0f : m_[0],
+                                m_[1] == -INFINITY ? 0.0f : m_[1]};
     float part[2][2] = {};
 #pragma unroll
     for (int i = 0; i < kS; ++i) {
@@ -546,7 +536,12 @@ class UnionConsumer {
         not_finite = fmaf(x, 0.0f, fmaf(y, 0.0f, not_finite));
         o_[4 * i + 2 * h] = __uint_as_float(ptx::pack<T>(x, y));
       }
-      bad[h] = live[h] && !(not_finite == 0.0f);
+      // In softmax() the product with the scale is not rounded, while the reference is a rounded
+      // one: up to 2^-24 of it apart. All of a row has that factor and it cancels, unless it is
+      // so large that it overflows.
+      constexpr float kHuge = 0x1p30f;
+      const bool huge = m_[h] != -INFINITY && !(fabsf(m_[h]) <= kHuge);
+      bad[h] = live[h] && (huge || !(not_finite == 0.0f));
       const std::int64_t token = tile.row0 + token_[h];
       const int head = tile.kv_head * tensors.group_size + in_group;
       T* const out = static_cast<T*>(tensors.out) + token * tensors.out_token_stride +
@@ -579,7 +574,8 @@ class UnionConsumer {
             l_[h] == 0.0f ? -INFINITY : (m_[h] + log2f(l_[h])) * kLn2;
       }
     }
-    // NaN and infinities of keys that a row does not attend reach it as 0 * V: do such rows again.
+    // NaN and infinities of keys that a row does not attend reach it as 0 * V: do such rows again,
+    // and those of huge scores.
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       std::uint32_t rows = __ballot_sync(~0u, h == 0 ? bad[0] : bad[1]);
