@@ -25,6 +25,7 @@
 #include "cuda/common/ptx/wgmma.cuh"
 #include "cuda/common/swizzle.cuh"
 #include "cuda/sm90/attention_row.cuh"
+#include "cuda/sm90/sparse_attention_fwd.hpp"
 
 namespace msa::cuda::sm90 {
 
@@ -40,6 +41,7 @@ struct Tile {
   int num_tokens;     ///< 0: nothing to do; negative: no tile is left
   int position;       ///< of the first token among the keys; may be negative
   int kv_head;
+  std::uint32_t cold;  ///< bit t: token t belongs to the KV-outer kernel
 };
 
 /// What lies behind the tiles in shared memory.
@@ -58,6 +60,9 @@ struct UnionParams {
   AttentionTensors tensors;
   std::int64_t num_tiles;  ///< per KV head, an upper bound
   int slot_rows;           ///< rows per token: the group size, at least 4
+  /// [num_kv_heads][num_cold_tiles], tiles of kColdTile packed tokens, or null: none is cold
+  const std::uint8_t* tile_is_cold;
+  std::int64_t num_cold_tiles;
   int stages;
   int ids_per_lane;
 };
@@ -82,6 +87,17 @@ __device__ __forceinline__ Tile tile_at(const UnionParams& g, std::int64_t item,
   tile.num_tokens = static_cast<int>(left < 0 ? 0 : left > tile_tokens ? tile_tokens : left);
   tile.position = static_cast<int>(sequence.position(first));
   tile.kv_head = static_cast<int>(item / g.num_tiles);
+  tile.cold = 0;
+  if (g.tile_is_cold != nullptr && tile.num_tokens > 0) {  // it lies in one cold tile or in two
+    const std::uint8_t* const flags = g.tile_is_cold + tile.kv_head * g.num_cold_tiles;
+    const int in_first = kColdTile - static_cast<int>(tile.row0 % kColdTile);
+    const std::uint32_t first_bits = (1u << in_first) - 1;
+    const std::uint32_t live_bits = (1u << tile.num_tokens) - 1;
+    if (flags[tile.row0 / kColdTile] != 0) tile.cold |= first_bits;
+    if (flags[(tile.row0 + tile.num_tokens - 1) / kColdTile] != 0) tile.cold |= ~first_bits;
+    tile.cold &= live_bits;
+    if (tile.cold == live_bits) tile.num_tokens = 0;
+  }
   return tile;
 }
 
@@ -124,7 +140,8 @@ __device__ __forceinline__ void plan_unions(const UnionParams& g, UnionShared& s
     const Tile tile = tile_at(g, item, sequence);
     if (tile.num_tokens == 0) continue;
     const int position = tile.position + token;
-    const int local = token < tile.num_tokens && position >= 0 ? position / kBlock : -1;
+    const bool here = token < tile.num_tokens && (tile.cold >> token & 1) == 0;
+    const int local = here && position >= 0 ? position / kBlock : -1;
     const std::int32_t* const ids = g.tensors.ids_of(tile.kv_head, tile.row0 + token);
     int head = -1;
     for (int i = 0; i < g.ids_per_lane; ++i) {
@@ -248,9 +265,15 @@ __device__ __forceinline__ void load_queries(const UnionParams& g, UnionShared& 
   for (std::int64_t item = blockIdx.x; item < num_items(g); item += gridDim.x) {
     DeviceSequence sequence;
     const Tile tile = tile_at(g, item, sequence);
-    if (tile.num_tokens > 0) send(tile);
+    if (tile.num_tokens == 0) continue;
+#pragma unroll
+    for (int half = 0; half < 2 * (kDim / 64); ++half) {  // waits for its place in the L2 cache
+      ptx::tma_prefetch_3d(&q_map, half / 2 * 64, tile.kv_head * g.tensors.group_size,
+                           static_cast<int>(tile.row0) + half % 2 * (64 / g.slot_rows));
+    }
+    send(tile);
   }
-  send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0});
+  send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0, .cold = 0});
 }
 
 /// One warpgroup; thread t of it holds rows t / 32 * 16 + t % 32 / 4 (h = 0) and 8 below (h = 1) of
@@ -304,6 +327,7 @@ class UnionConsumer {
     tile.num_tokens = __shfl_sync(~0u, tile.num_tokens, 0);
     tile.position = __shfl_sync(~0u, tile.position, 0);
     tile.kv_head = __shfl_sync(~0u, tile.kv_head, 0);
+    tile.cold = __shfl_sync(~0u, tile.cold, 0);
     return tile;
   }
   __device__ __forceinline__ void read_entry() {
@@ -511,7 +535,8 @@ class UnionConsumer {
       l_[h] += __shfl_xor_sync(~0u, l_[h], 2);
       const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane_ / 4 + 8 * h;
       const int in_group = row % g_.slot_rows;
-      live[h] = in_group < tensors.group_size && token_[h] < tile.num_tokens;
+      live[h] = in_group < tensors.group_size && token_[h] < tile.num_tokens &&
+                (tile.cold >> token_[h] & 1) == 0;
       const float inverse = l_[h] == 0.0f ? 0.0f : 1.0f / l_[h];
       float not_finite = l_[h] * 0.0f;  // 0, or NaN for NaN and infinities
 #pragma unroll
@@ -625,7 +650,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
   __syncthreads();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp < 4) {
-    ptx::decrease_registers<40>();
+    ptx::decrease_registers<48>();
     if (warp == 0) {
       if (threadIdx.x == 0) load_keys<kDim, kBlock>(g, shared, stages, k_map, v_map);
     } else if (warp == 1) {
@@ -634,7 +659,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
       if (threadIdx.x == 64) load_queries<kDim>(g, shared, queries, q_map);
     }
   } else {
-    ptx::increase_registers<232>();
+    ptx::increase_registers<224>();
     UnionConsumer<T, kDim, kBlock>(g, shared, queries, stages).run();
   }
 }

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/sm90/sparse_attention_fwd_launch.cuh"
+
+namespace msa::cuda::sm90 {
+
+void launch_union_bf16(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
+                       cudaStream_t stream) {
+  launch_for<__nv_bfloat16>(args, tile_is_cold, stream);
+}
+
+}  // namespace msa::cuda::sm90
