@@ -113,7 +113,7 @@ void verify_case(const Case& spec, const Effort& effort) {
     Totals::get().add(backend, operation, spec, outcome);
     EXPECT_TRUE(outcome.ok()) << backend << ' ' << operation << ": " << outcome.detail;
   };
-  for (const std::string backend : {"cuda_generic", "cuda_sm90"}) {
+  for (const std::string backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
     one(backend, IndexerScores{});
     one(backend, SelectTopK{});

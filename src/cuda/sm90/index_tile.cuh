@@ -318,7 +318,7 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
     float s[64];
     ptx::mbarrier_wait(smem + Smem::kFull + stage * 8, parity);
     std::uint32_t missing = 0;
-    if (paged) {
+    if (paged && lane == 0) {  // the lane that hands the stage back, so that its read comes before
       asm volatile("ld.shared.u32 %0, [%1];"
                    : "=r"(missing)
                    : "r"(smem + Smem::kMissing + stage * 4)
@@ -337,6 +337,7 @@ __device__ __forceinline__ void score_index_tile(const IndexTileParams& params,
       }
     }
     ptx::wgmma_commit();
+    if (paged) missing = __shfl_sync(~0u, missing, 0);
     // The tensor cores have work; the rest of the previous tile is done meanwhile.
     if (t + 1 < tile.end) finish_tile(t + 1);
     ptx::wgmma_wait<0>();

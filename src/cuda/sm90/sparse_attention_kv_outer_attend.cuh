@@ -4,8 +4,9 @@
 //
 // Partials of a row (one query head of one token and slot) are kDim f16 numbers, the normalised
 // output times 2^exponent, its largest one in [2^14, 2^15): 11 bits wherever V's magnitude lies,
-// down to 2^-29 of the row's largest. A row is stored in the order of the accumulators: 16 bytes c
-// of lane q (of four) are the column pairs 8 (4 c + i) + 2 q, i = 0 .. 3, at byte 64 c + 16 q.
+// down to 2^-29 of the row's largest. A row lies in the order of the accumulators: chunk c of 64
+// bytes holds for each lane q of a quad the column pairs 8 (4 c + i) + 2 q, i = 0 .. 3. Chunk c of
+// up to 8 rows of a (token, slot) follow each other, so that a warp writes 512 bytes at once.
 #pragma once
 
 #include "cuda/common/ptx/barrier.cuh"
@@ -24,6 +25,16 @@ inline constexpr int kQStages = 2;    // of each warpgroup
 inline constexpr int kKvStages = 2;
 inline constexpr int kMaxSegments = 256;         // of a launch
 inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
+
+/// Elements between the 64-byte chunks of a row of partials.
+__device__ __forceinline__ int partial_chunk_stride(int log2_group_size) {
+  return 32 << (log2_group_size < 3 ? log2_group_size : 3);
+}
+/// Elements from row 0 of a (token, slot) to the first chunk of row `row`.
+template <int kDim>
+__device__ __forceinline__ int partial_offset(int log2_group_size, int row) {
+  return log2_group_size < 3 ? row * 32 : row / 8 * 8 * kDim + row % 8 * 32;
+}
 
 /// Partials of the tokens [first_token, first_token + tokens): row
 /// ((token * num_kv_heads + kv head) * top_k + slot) * group_size + head in the group.
@@ -378,11 +389,13 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
 
       if (entries[h] != Entry::kNone) {
         const std::int64_t token = info.y + Entry::token(entries[h]);
-        const std::int64_t row =
-            ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h])) *
-                group_size +
-            (rows[h] & (group_size - 1));
-        std::uint16_t* const to = params.partials.out + row * kDim + lane % 4 * 8;
+        const std::int64_t row0 =
+            ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h]))
+            << params.log2_group_size;
+        const int row = rows[h] & (group_size - 1);
+        std::uint16_t* const to = params.partials.out + row0 * kDim +
+                                  partial_offset<kDim>(params.log2_group_size, row) + lane % 4 * 8;
+        const int chunk_stride = partial_chunk_stride(params.log2_group_size);
 #pragma unroll
         for (int c = 0; c < kDim / 32; ++c) {
           std::uint32_t packed[4];
@@ -391,12 +404,12 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
             const int at = (4 * c + i) * 4 + h * 2;
             packed[i] = ptx::pack<__half>(o[at] * factor, o[at + 1] * factor);
           }
-          __stcs(reinterpret_cast<uint4*>(to + c * 32),
+          __stcs(reinterpret_cast<uint4*>(to + c * chunk_stride),
                  make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
         if (lane % 4 == 0) {
-          params.partials.lse[row] = lse[h];
-          params.partials.exponents[row] = static_cast<std::int8_t>(exponent);
+          params.partials.lse[row0 + row] = lse[h];
+          params.partials.exponents[row0 + row] = static_cast<std::int8_t>(exponent);
         }
       }
     }

@@ -110,11 +110,12 @@ __device__ __forceinline__ void merge_rows(const MergeParams& params, std::int64
   const bool takes = exists && params.selection.takes(token, head);
   const std::uint64_t attended =
       takes ? params.attended[token * params.selection.num_kv_heads + head] : 0;
-  // Row of slot 0; those of further slots are group_size apart.
-  const std::int64_t row0 =
-      (((token - params.partials.first_token) * params.selection.num_kv_heads + head) * top_k
-       << params.log2_group_size) +
-      (q_head & ((1 << params.log2_group_size) - 1));
+  // Of slot 0; those of further slots are group_size rows apart.
+  const int row = q_head & ((1 << params.log2_group_size) - 1);
+  const std::int64_t slot0 =
+      ((token - params.partials.first_token) * params.selection.num_kv_heads + head) * top_k
+      << params.log2_group_size;
+  const std::int64_t row0 = slot0 + row;
   const auto lse_of = [&](int slot) {
     return slot < top_k && (attended >> slot & 1) != 0
                ? __ldcs(params.partials.lse + row0 + (std::int64_t{slot} << params.log2_group_size))
@@ -152,8 +153,9 @@ __device__ __forceinline__ void merge_rows(const MergeParams& params, std::int64
     to_recompute |= static_cast<std::uint64_t>((__ballot_sync(~0u, redo) & lanes) >> shift) << base;
     uint4 partial[kLanes];
     const std::uint16_t* const from =
-        params.partials.out + (row0 + (std::int64_t{base} << params.log2_group_size)) * kDim +
-        lane * 8;
+        params.partials.out + (slot0 + (std::int64_t{base} << params.log2_group_size)) * kDim +
+        partial_offset<kDim>(params.log2_group_size, row) +
+        lane / 4 * partial_chunk_stride(params.log2_group_size) + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       partial[i] = make_uint4(0, 0, 0, 0);
