@@ -23,7 +23,8 @@ inline constexpr int kThreads = (kWarpgroups + 1) * 128;
 inline constexpr int kTileRows = 64;  // of a warpgroup: 64 / group_size tokens
 inline constexpr int kQStages = 2;    // of each warpgroup
 inline constexpr int kKvStages = 2;
-inline constexpr int kMaxSegments = 256;         // of a launch
+inline constexpr int kOrders = 4;         // items on their way from the scheduler to the producers
+inline constexpr int kMaxSegments = 256;  // of a launch
 inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
 
 /// Elements between the 64-byte chunks of a row of partials.
@@ -64,14 +65,17 @@ struct Smem {
   static constexpr std::uint32_t kQBytes = kTileRows * kDim * 2;
   static constexpr int kTiles = kWarpgroups * kQStages;
   static constexpr std::uint32_t kQ = kKvStages * 2 * kKvBytes;
-  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;   // int4 [kTiles]
-  static constexpr std::uint32_t kEntries = kInfos + kTiles * 16;  // u32 [kTiles][64]
+  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;         // int4 [kTiles]
+  static constexpr std::uint32_t kOrderSlots = kInfos + kTiles * 16;     // int4 [kOrders][2]
+  static constexpr std::uint32_t kEntries = kOrderSlots + kOrders * 32;  // u32 [kTiles][64]
   static constexpr std::uint32_t kBarriers = kEntries + kTiles * kTileRows * 4;
   static constexpr std::uint32_t kQFull = kBarriers;
   static constexpr std::uint32_t kQEmpty = kQFull + kTiles * 8;
   static constexpr std::uint32_t kKvFull = kQEmpty + kTiles * 8;
   static constexpr std::uint32_t kKvEmpty = kKvFull + kKvStages * 8;
-  static constexpr std::uint32_t kFirstItems = kKvEmpty + kKvStages * 8;  // int [kMaxSegments + 1]
+  static constexpr std::uint32_t kOrderFull = kKvEmpty + kKvStages * 8;
+  static constexpr std::uint32_t kOrderEmpty = kOrderFull + kOrders * 8;
+  static constexpr std::uint32_t kFirstItems = kOrderEmpty + kOrders * 8;  // int [kMaxSegments + 1]
   static constexpr std::uint32_t kBytes = kFirstItems + (kMaxSegments + 1) * 4;
   static_assert(kBytes <= 232448);
 };
@@ -94,155 +98,173 @@ __device__ __forceinline__ std::uint64_t q_descriptor(std::uint32_t address, int
   return std::uint64_t{kHigh} << 32 | low;
 }
 
-/// One warp: items to tiles, tiles to warpgroups in turn.
+static_assert(kWarpgroups == 3);  // a producer each, and the scheduler, are one warpgroup
+
+/// What the scheduler tells the producers: an item, the segment it is of, and which warpgroup gets
+/// its first tile; the others follow in turn. No entries: the end.
+struct Order {
+  Item item;
+  int segment;
+  int turn;
+  int ordinal;
+  int unused;
+};
+
+/// One warp: takes items, loads their K and V, passes them on.
 template <int kDim, int kBlock>
-__device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
-                                        const CUtensorMap& v_map, const AttendParams& params,
-                                        std::uint32_t smem, const int* first_items,
-                                        char* smem_generic) {
+__device__ __forceinline__ void schedule(const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                         const AttendParams& params, std::uint32_t smem,
+                                         char* smem_generic) {
+  using S = Smem<kDim, kBlock>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int tile_tokens = kTileRows >> params.log2_group_size;
+  const int* const first_items = reinterpret_cast<const int*>(smem_generic + S::kFirstItems);
+  const int total_items = first_items[params.num_segments];
+  int* const tickets = params.lists.tickets + params.ticket;
+  int turn = 0;
+  int ticket = lane == 0 ? atomicAdd(tickets, 1) : 0;
+  for (int ordinal = 0;; ++ordinal) {
+    const int number = __shfl_sync(~0u, ticket, 0);
+    if (number < total_items && lane == 0) ticket = atomicAdd(tickets, 1);
+    Order order{{0, 0, 0, 0}, 0, turn, ordinal, 0};
+    if (number < total_items) {
+      int low = 0;
+      int high = params.num_segments;
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (first_items[middle] <= number ? low : high) = middle;
+      }
+      order.segment = static_cast<int>(params.first_segment) + low;
+      const int4 raw = *reinterpret_cast<const int4*>(
+          params.lists.items + std::int64_t{order.segment} * params.lists.max_items +
+          (number - first_items[low]));
+      order.item = Item{raw.x, raw.y, raw.z, raw.w};
+      const std::uint32_t stage = static_cast<std::uint32_t>(ordinal) % kKvStages;
+      const std::uint32_t empty = smem + S::kKvEmpty + stage * 8;
+      ptx::mbarrier_wait(empty, (static_cast<std::uint32_t>(ordinal) / kKvStages & 1) ^ 1);
+      if (lane == 0) {
+        const std::uint32_t full = smem + S::kKvFull + stage * 8;
+        const std::uint32_t to = smem + stage * 2 * S::kKvBytes;
+        const int head = order.segment % params.num_kv_heads;
+        ptx::mbarrier_expect_tx(full, 2 * S::kKvBytes);
+        ptx::tma_load_5d(to, &k_map, 0, order.item.row, 0, head, order.item.page, full);
+        ptx::tma_load_5d(to + S::kKvBytes, &v_map, 0, order.item.row, 0, head, order.item.page,
+                         full);
+      }
+      const int num_tiles = (order.item.count + tile_tokens - 1) / tile_tokens;
+      if (num_tiles < kWarpgroups && lane < 4 * (kWarpgroups - num_tiles)) {
+        ptx::mbarrier_arrive(empty);  // for the warps that get no tile of this item
+      }
+      turn = (turn + num_tiles) % kWarpgroups;
+    }
+    const std::uint32_t slot = static_cast<std::uint32_t>(ordinal) % kOrders;
+    ptx::mbarrier_wait(smem + S::kOrderEmpty + slot * 8,
+                       (static_cast<std::uint32_t>(ordinal) / kOrders & 1) ^ 1);
+    if (lane == 0) {
+      auto* const to = reinterpret_cast<int4*>(smem_generic + S::kOrderSlots) + slot * 2;
+      to[0] = make_int4(order.item.row, order.item.page, order.item.begin, order.item.count);
+      to[1] = make_int4(order.segment, order.turn, order.ordinal, 0);
+      ptx::mbarrier_arrive(smem + S::kOrderFull + slot * 8);
+    }
+    __syncwarp();
+    if (order.item.count == 0) return;
+  }
+}
+
+/// One warp for each warpgroup of consumers: its tiles, from items to shared memory.
+template <int kDim, int kBlock>
+__device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendParams& params,
+                                        std::uint32_t smem, char* smem_generic, int warpgroup) {
   using S = Smem<kDim, kBlock>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int log2_group = params.log2_group_size;
   const int tile_tokens = kTileRows >> log2_group;
-  const int total_items = first_items[params.num_segments];
-  int* const tickets = params.lists.tickets + params.ticket;
-
-  struct Work {
-    Item item{0, 0, 0, 0};  // count 0: none is left
-    const std::uint32_t* entries = nullptr;
-    int head = 0;
-    std::int64_t first_token = 0;  // of the segment
+  std::uint32_t use = 0;  // tiles so far
+  const auto slot_of_use = [&] {
+    const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
+    ptx::mbarrier_wait(smem + S::kQEmpty + slot * 8, (use / kQStages & 1) ^ 1);
+    return slot;
   };
-  const auto take = [&] { return lane == 0 ? atomicAdd(tickets, 1) : 0; };
-  const auto work_of = [&](int ticket) {
-    ticket = __shfl_sync(~0u, ticket, 0);
-    Work work;
-    if (ticket >= total_items) return work;
-    int low = 0;
-    int high = params.num_segments;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (first_items[middle] <= ticket ? low : high) = middle;
-    }
-    const std::int64_t segment = params.first_segment + low;
-    const int4 raw = *reinterpret_cast<const int4*>(
-        params.lists.items + segment * params.lists.max_items + (ticket - first_items[low]));
-    work.item = Item{raw.x, raw.y, raw.z, raw.w};
-    work.entries =
-        params.lists.entries + segment * params.lists.window * params.top_k + work.item.begin;
-    work.head = static_cast<int>(segment % params.num_kv_heads);
-    work.first_token = segment / params.num_kv_heads * params.lists.window;
-    return work;
-  };
-  const auto load_kv = [&](const Work& work, int ordinal) {
-    const std::uint32_t stage = static_cast<std::uint32_t>(ordinal) % kKvStages;
-    const std::uint32_t parity = static_cast<std::uint32_t>(ordinal) / kKvStages & 1;
-    ptx::mbarrier_wait(smem + S::kKvEmpty + stage * 8, parity ^ 1);
-    if (lane == 0) {
-      const std::uint32_t full = smem + S::kKvFull + stage * 8;
-      const std::uint32_t to = smem + stage * 2 * S::kKvBytes;
-      ptx::mbarrier_expect_tx(full, 2 * S::kKvBytes);
-      ptx::tma_load_5d(to, &k_map, 0, work.item.row, 0, work.head, work.item.page, full);
-      ptx::tma_load_5d(to + S::kKvBytes, &v_map, 0, work.item.row, 0, work.head, work.item.page,
-                       full);
-    }
+  for (std::uint32_t n = 0;; ++n) {
+    const std::uint32_t from = n % kOrders;
+    ptx::mbarrier_wait(smem + S::kOrderFull + from * 8, n / kOrders & 1);
+    const int4* const order =
+        reinterpret_cast<const int4*>(smem_generic + S::kOrderSlots) + from * 2;
+    const int4 item = order[0];
+    const int4 rest = order[1];
     __syncwarp();
-  };
-  // Entries of a tile, one or two a lane.
-  const auto entries_of = [&](const Work& work, int tile, std::uint32_t(&entries)[2]) {
+    if (lane == 0) ptx::mbarrier_arrive(smem + S::kOrderEmpty + from * 8);
+    const int count = item.w;
+    if (count == 0) break;
+    const int segment = rest.x;
+    const int ordinal = rest.z;
+    const int head = segment % params.num_kv_heads;
+    const int first_token = segment / params.num_kv_heads * params.lists.window;
+    const std::uint32_t* const list =
+        params.lists.entries + std::int64_t{segment} * params.lists.window * params.top_k + item.z;
+    // Entries of a tile, one or two a lane.
+    const auto entries_of = [&](int tile, std::uint32_t(&entries)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = lane + 32 * i;
-      const int at = tile * tile_tokens + n;
-      entries[i] = n < tile_tokens && at < work.item.count ? work.entries[at] : Entry::kNone;
-    }
-  };
-
-  int turn = 0;           // warpgroup of the next tile
-  std::uint32_t use = 0;  // how often each warpgroup has had a tile
-  Work work = work_of(take());
-  if (work.item.count > 0) load_kv(work, 0);
-  std::uint32_t ahead[2];
-  entries_of(work, 0, ahead);
-  for (int ordinal = 0; work.item.count > 0; ++ordinal) {
-    const int ticket = take();
-    Work next;
-    const int num_tiles = (work.item.count + tile_tokens - 1) / tile_tokens;
-    if (num_tiles < kWarpgroups && lane < 4 * (kWarpgroups - num_tiles)) {
-      // For the warps that get no tile of this item.
-      ptx::mbarrier_arrive(smem + S::kKvEmpty +
-                           static_cast<std::uint32_t>(ordinal % kKvStages) * 8);
-    }
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const std::uint32_t entries[2] = {ahead[0], ahead[1]};
-      const bool last_tile = tile == num_tiles - 1;
-      if (tile == 1 || (last_tile && tile == 0)) next = work_of(ticket);
-      if (last_tile) {
-        entries_of(next, 0, ahead);
-      } else {
-        entries_of(work, tile + 1, ahead);
+      for (int i = 0; i < 2; ++i) {
+        const int in_tile = lane + 32 * i;
+        const int at = tile * tile_tokens + in_tile;
+        entries[i] = in_tile < tile_tokens && at < count ? list[at] : Entry::kNone;
       }
-      const int slot = turn * kQStages + static_cast<int>(use % kQStages);
-      const std::uint32_t full = smem + S::kQFull + static_cast<std::uint32_t>(slot) * 8;
-      ptx::mbarrier_wait(smem + S::kQEmpty + static_cast<std::uint32_t>(slot) * 8,
-                         (use / kQStages & 1) ^ 1);
+    };
+    const int num_tiles = (count + tile_tokens - 1) / tile_tokens;
+    int tile = (warpgroup + kWarpgroups - rest.y) % kWarpgroups;
+    std::uint32_t ahead[2];
+    entries_of(tile, ahead);
+    for (; tile < num_tiles; tile += kWarpgroups, ++use) {
+      const std::uint32_t entries[2] = {ahead[0], ahead[1]};
+      entries_of(tile + kWarpgroups, ahead);
+      const std::uint32_t slot = slot_of_use();
+      const std::uint32_t full = smem + S::kQFull + slot * 8;
       auto* const shared_entries =
           reinterpret_cast<std::uint32_t*>(smem_generic + S::kEntries) + slot * kTileRows;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (lane + 32 * i < tile_tokens) shared_entries[lane + 32 * i] = entries[i];
       }
-      const int left = work.item.count - tile * tile_tokens;
-      const int num_tokens = left < tile_tokens ? left : tile_tokens;
       if (lane == 0) {
         const int flags = (ordinal % kKvStages) * TileInfo::kStage |
                           (ordinal / kKvStages & 1) * TileInfo::kParity |
                           (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0);
-        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] = make_int4(
-            flags, static_cast<int>(work.first_token - params.partials.first_token), work.head, 0);
+        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] =
+            make_int4(flags, first_token - static_cast<int>(params.partials.first_token), head, 0);
       }
       __syncwarp();
       if (lane == 0) {
+        const int left = count - tile * tile_tokens;
+        const int num_tokens = left < tile_tokens ? left : tile_tokens;
         ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(num_tokens * kDim * 2)
                                           << log2_group);
       }
       __syncwarp();
-      const std::uint32_t to = smem + S::kQ + static_cast<std::uint32_t>(slot) * S::kQBytes;
+      const std::uint32_t to = smem + S::kQ + slot * S::kQBytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (entries[i] == Entry::kNone) continue;
-        const int token = static_cast<int>(work.first_token) + Entry::token(entries[i]);
+        const int token = first_token + Entry::token(entries[i]);
         const std::uint32_t row = static_cast<std::uint32_t>(lane + 32 * i) << log2_group;
         if (log2_group >= 3) {
-          ptx::tma_load_5d(to + row * (kDim * 2), &q_map, 0, 0, 0, work.head << (log2_group - 3),
-                           token, full);
+          ptx::tma_load_5d(to + row * (kDim * 2), &q_map, 0, 0, 0, head << (log2_group - 3), token,
+                           full);
         } else {
           for (int panel = 0; panel < S::kPanels; ++panel) {
             ptx::tma_load_5d(to + row / 8 * (kDim * 16) + static_cast<std::uint32_t>(panel) * 1024 +
                                  row % 8 * 128,
-                             &q_map, 0, work.head << log2_group, panel, 0, token, full);
+                             &q_map, 0, head << log2_group, panel, 0, token, full);
           }
         }
       }
       __syncwarp();
-      if (++turn == kWarpgroups) turn = 0, ++use;
-      // Late enough that the warpgroups have left the stage or are about to.
-      if ((last_tile && tile < 5) || tile == 5) {
-        if (next.item.count > 0) load_kv(next, ordinal + 1);
-      }
     }
-    work = next;
   }
-  for (int wg = 0; wg < kWarpgroups; ++wg) {
-    const int slot = turn * kQStages + static_cast<int>(use % kQStages);
-    ptx::mbarrier_wait(smem + S::kQEmpty + static_cast<std::uint32_t>(slot) * 8,
-                       (use / kQStages & 1) ^ 1);
-    if (lane == 0) {
-      reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] = make_int4(TileInfo::kStop, 0, 0, 0);
-      ptx::mbarrier_arrive(smem + S::kQFull + static_cast<std::uint32_t>(slot) * 8);
-    }
-    __syncwarp();
-    if (++turn == kWarpgroups) turn = 0, ++use;
+  const std::uint32_t slot = slot_of_use();
+  if (lane == 0) {
+    reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] = make_int4(TileInfo::kStop, 0, 0, 0);
+    ptx::mbarrier_arrive(smem + S::kQFull + slot * 8);
   }
 }
 
@@ -304,7 +326,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
   using S = Smem<kDim, kBlock>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int group_size = 1 << params.log2_group_size;
-  const int rows[2] = {ptx::accumulator_row(0), ptx::accumulator_row(2)};
+
   for (std::uint32_t use = 0;; ++use) {
     const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
     ptx::mbarrier_wait(smem + S::kQFull + slot * 8, use / kQStages & 1);
@@ -315,8 +337,9 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       entries[h] = reinterpret_cast<const std::uint32_t*>(
-          smem_generic + S::kEntries)[slot * kTileRows + static_cast<std::uint32_t>(
-                                                             rows[h] >> params.log2_group_size)];
+          smem_generic +
+          S::kEntries)[slot * kTileRows + static_cast<std::uint32_t>(ptx::accumulator_row(2 * h) >>
+                                                                     params.log2_group_size)];
     }
     ptx::mbarrier_wait(smem + S::kKvFull + kv_stage * 8, info.x & TileInfo::kParity ? 1 : 0);
 
@@ -392,7 +415,7 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
         const std::int64_t row0 =
             ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h]))
             << params.log2_group_size;
-        const int row = rows[h] & (group_size - 1);
+        const int row = ptx::accumulator_row(2 * h) & (group_size - 1);
         std::uint16_t* const to = params.partials.out + row0 * kDim +
                                   partial_offset<kDim>(params.log2_group_size, row) + lane % 4 * 8;
         const int chunk_stride = partial_chunk_stride(params.log2_group_size);
@@ -444,17 +467,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(smem + S::kKvFull + i * 8, 1);
       ptx::mbarrier_init(smem + S::kKvEmpty + i * 8, kWarpgroups * 4);
     }
+    for (std::uint32_t i = 0; i < kOrders; ++i) {
+      ptx::mbarrier_init(smem + S::kOrderFull + i * 8, 1);
+      ptx::mbarrier_init(smem + S::kOrderEmpty + i * 8, kWarpgroups);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
 
   if (warpgroup == kWarpgroups) {
-    ptx::decrease_registers<56>();
-    if (threadIdx.x / 32 == kWarpgroups * 4) {
-      produce<kDim, kBlock>(q_map, k_map, v_map, params, smem, first_items, smem_generic);
+    ptx::decrease_registers<80>();
+    const int warp = static_cast<int>(threadIdx.x) / 32 - kWarpgroups * 4;
+    if (warp < kWarpgroups) {
+      produce<kDim, kBlock>(q_map, params, smem, smem_generic, warp);
+    } else {
+      schedule<kDim, kBlock>(k_map, v_map, params, smem, smem_generic);
     }
   } else {
-    ptx::increase_registers<152>();
+    ptx::increase_registers<144>();
     consume<T, kDim, kBlock>(params, smem, smem_generic, warpgroup);
   }
 }
