@@ -6,6 +6,7 @@
 #include "cuda/common/launch.hpp"
 #include "cuda/common/support.hpp"
 #include "cuda/common/tensor_map.hpp"
+#include "cuda/sm90/sparse_attention_fwd.hpp"
 #include "cuda/sm90/sparse_attention_kv_outer.hpp"
 #include "cuda/sm90/sparse_attention_kv_outer_merge.cuh"
 
@@ -112,13 +113,6 @@ CUtensorMap make_kv_map(const TensorView& kv, const Problem& problem, bool paged
   return make_tensor_map(kv.data, kv.dtype, dims, strides, box);
 }
 
-View view_of(const TensorView& view, bool paged) {
-  return {.data = view.data,
-          .stride = view.stride[0],
-          .row_stride = paged ? view.stride[2] : view.stride[0],
-          .head_stride = view.stride[1]};
-}
-
 template <class T, int kDim, int kBlock>
 void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
                std::byte* workspace, cudaStream_t stream) {
@@ -166,15 +160,13 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
       .selection = selection,
       .attended = layout.lists.attended,
       .partials = layout.partials,
-      .num_rows = 0,
+      .num_tokens = 0,
       .num_q_heads = problem.num_q_heads,
       .log2_group_size = log2_group,
       .scale_log2 = scale_log2,
       .vector_stores = reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0 &&
                        aligned(out.stride[0]) && aligned(out.stride[1]),
-      .q = view_of(args.q, false),
-      .k = view_of(args.k, paged),
-      .v = view_of(args.v, paged),
+      .tensors = tensors_of(args),
       .out = out.data,
       .out_stride = out.stride[0],
       .out_head_stride = out.stride[1],
@@ -195,10 +187,13 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
             .threads = kThreads,
             .smem_bytes = Smem<kDim, kBlock>::kBytes},
            stream, q_map, k_map, v_map, attend);
-    merge.num_rows = std::min(layout.launch_tokens, total_q - first_token) * problem.num_q_heads;
-    constexpr int kRowsPerCta = kMergeThreads / (kDim / 8);
+    merge.num_tokens = std::min(layout.launch_tokens, total_q - first_token);
+    constexpr std::int64_t kMergeCtasPerSm = 8;
+    const std::int64_t tiles =
+        ceil_div(merge.num_tokens, kTokensPerColdTile) * problem.num_kv_heads;
     launch(merge_kernel<T, kDim>,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(merge.num_rows, kRowsPerCta))),
+           {.grid = dim3(static_cast<unsigned>(
+                std::min(tiles, kMergeCtasPerSm * num_sms(args.q.device.index)))),
             .threads = kMergeThreads},
            stream, merge);
   }

@@ -25,6 +25,7 @@ inline constexpr int kQStages = 2;    // of each warpgroup
 inline constexpr int kKvStages = 2;
 inline constexpr int kOrders = 4;         // items on their way from the scheduler to the producers
 inline constexpr int kMaxSegments = 256;  // of a launch
+inline constexpr float kHuge = 0x1p30f;   // scores in base 2
 inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
 
 /// Elements between the 64-byte chunks of a row of partials.
@@ -293,18 +294,6 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     reference[h] = top == -INFINITY ? 0.0f : top * scale;
   }
-  // Below, the product with `scale` is not rounded, while the reference is a rounded one: up to
-  // 2^-24 of it apart. All of a row has that factor and it cancels, unless it overflows.
-  constexpr float kHuge = 0x1p30f;
-  const float kept[2] = {reference[0], reference[1]};
-  if (__any_sync(~0u, fabsf(reference[0]) > kHuge || fabsf(reference[1]) > kHuge)) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      s[i] = __fadd_rn(__fmul_rn(s[i], scale), -reference[i / 2 % 2]);
-    }
-    scale = 1.0f;
-    reference[0] = reference[1] = 0.0f;
-  }
   float part[2][2] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -316,7 +305,10 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     sum[h] = part[h][0] + part[h][1];
     sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
     sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    lse[h] = kept[h] + ptx::lg2(sum[h]);
+    // The reference is a rounded product, those above are not: up to 2^-24 of it apart. All of a
+    // row have that factor and it cancels, unless it overflows: such rows are for the merge to
+    // compute.
+    lse[h] = fabsf(reference[h]) > kHuge ? reference[h] : reference[h] + ptx::lg2(sum[h]);
   }
 }
 
@@ -408,7 +400,9 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       exponent = exponent > 112 ? 112 : exponent;
       const float factor = inverse * __int_as_float((127 + exponent) << 23);
       // A value that the row doesn't see may have made NaN of 0 times it.
-      if (largest != largest && visible[h] < kBlock) exponent = kRecompute;
+      if ((largest != largest && visible[h] < kBlock) || fabsf(lse[h]) > kHuge) {
+        exponent = kRecompute;
+      }
 
       if (entries[h] != Entry::kNone) {
         const std::int64_t token = info.y + Entry::token(entries[h]);
