@@ -17,7 +17,7 @@ constexpr int kMaxIds = kColdTile * 64;
 
 __global__ void __launch_bounds__(kClassifyWarps * 32)
     classify_kernel(const __grid_constant__ AttentionTensors tensors, std::uint8_t* tile_is_cold,
-                    std::int64_t num_cold_tiles) {
+                    int* any, std::int64_t num_cold_tiles) {
   __shared__ int all_ids[kClassifyWarps][kMaxIds];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -44,7 +44,11 @@ __global__ void __launch_bounds__(kClassifyWarps * 32)
   }
   pairs = __reduce_add_sync(~0u, pairs);
   distinct = __reduce_add_sync(~0u, distinct);
-  if (lane == 0) tile_is_cold[item] = 4 * distinct * num_tokens > 13 * pairs ? 1 : 0;
+  const bool is_cold = 4 * distinct * num_tokens > 13 * pairs;
+  if (lane == 0) {
+    tile_is_cold[item] = is_cold ? 1 : 0;
+    if (is_cold) *any = 1;
+  }
 }
 
 /// Whether tiles of little overlap go to the KV-outer kernel. It needs enough queries for a block
@@ -58,8 +62,10 @@ bool may_be_cold(const SparseAttentionForward& args) {
 std::int64_t num_cold_tiles(const SparseAttentionForward& args) {
   return ceil_div(args.q.shape[0], kColdTile);
 }
+constexpr std::size_t kAnyBytes = 256;
 std::size_t flag_bytes(const SparseAttentionForward& args) {
-  return static_cast<std::size_t>(round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
+  return kAnyBytes +
+         static_cast<std::size_t>(round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
 }
 
 std::optional<std::string> declines(const SparseAttentionForward& args, const Options&) {
@@ -97,23 +103,31 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
   return std::nullopt;
 }
 
+void launch_for_dtype(const SparseAttentionForward& args, const std::uint8_t* flags,
+                      cudaStream_t stream) {
+  (args.q.dtype == DType::bf16 ? launch_union_bf16 : launch_union_f16)(args, flags, stream);
+}
+
 void run(const SparseAttentionForward& args, std::span<std::byte> workspace, Stream stream) {
   if (args.q.shape[0] == 0) return;
   MSA_CHECK(reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0,
             "out must be aligned to 16 bytes, is at ", args.out.data);
-  const bool cold = may_be_cold(args);
-  auto* const flags = cold ? reinterpret_cast<std::uint8_t*>(workspace.data()) : nullptr;
-  if (cold) {
-    const std::int64_t tiles = num_cold_tiles(args);
-    launch(classify_kernel,
-           {.grid = dim3(
-                static_cast<unsigned>(ceil_div(tiles * args.problem.num_kv_heads, kClassifyWarps))),
-            .threads = kClassifyWarps * 32},
-           stream_of(stream), tensors_of(args), flags, tiles);
+  if (!may_be_cold(args)) {
+    launch_for_dtype(args, nullptr, stream_of(stream));
+    return;
   }
-  (args.q.dtype == DType::bf16 ? launch_union_bf16 : launch_union_f16)(args, flags,
-                                                                       stream_of(stream));
-  if (cold) kv_outer_run(args, flags, workspace.subspan(flag_bytes(args)), stream);
+  // Of the workspace: whether any tile is cold, a flag per tile, what the KV-outer kernel needs.
+  auto* const any = reinterpret_cast<int*>(workspace.data());
+  auto* const flags = reinterpret_cast<std::uint8_t*>(workspace.data() + kAnyBytes);
+  const std::int64_t tiles = num_cold_tiles(args);
+  MSA_CUDA_CHECK(cudaMemsetAsync(any, 0, sizeof(int), stream_of(stream)));
+  launch(classify_kernel,
+         {.grid = dim3(
+              static_cast<unsigned>(ceil_div(tiles * args.problem.num_kv_heads, kClassifyWarps))),
+          .threads = kClassifyWarps * 32},
+         stream_of(stream), tensors_of(args), flags, any, tiles);
+  launch_for_dtype(args, flags, stream_of(stream));
+  kv_outer_run(args, {.flags = flags, .any = any}, workspace.subspan(flag_bytes(args)), stream);
 }
 
 }  // namespace

@@ -266,11 +266,6 @@ __device__ __forceinline__ void load_queries(const UnionParams& g, UnionShared& 
     DeviceSequence sequence;
     const Tile tile = tile_at(g, item, sequence);
     if (tile.num_tokens == 0) continue;
-#pragma unroll
-    for (int half = 0; half < 2 * (kDim / 64); ++half) {  // waits for its place in the L2 cache
-      ptx::tma_prefetch_3d(&q_map, half / 2 * 64, tile.kv_head * g.tensors.group_size,
-                           static_cast<int>(tile.row0) + half % 2 * (64 / g.slot_rows));
-    }
     send(tile);
   }
   send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0, .cold = 0});

@@ -120,8 +120,8 @@ View view_of(const TensorView& view, bool paged) {
 }
 
 template <class T, int kDim, int kBlock>
-void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-               std::byte* workspace, cudaStream_t stream) {
+void run_shape(const SparseAttentionForward& args, ColdTiles cold, std::byte* workspace,
+               cudaStream_t stream) {
   const Problem& problem = args.problem;
   const std::int64_t total_q = args.q.shape[0];
   const bool paged = args.batch.page_table.given();
@@ -135,7 +135,8 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
       .head_stride = args.block_ids.stride[0],
       .token_stride = args.block_ids.stride[1],
       .slot_stride = args.block_ids.stride[2],
-      .tile_is_cold = tile_is_cold,
+      .tile_is_cold = cold.flags,
+      .any_cold = cold.any,
       .num_tiles = ceil_div(total_q, kTokensPerColdTile),
       .num_kv_heads = problem.num_kv_heads,
       .top_k = problem.top_k,
@@ -153,6 +154,7 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
   const CUtensorMap v_map = keys ? make_kv_map(args.v, problem, paged) : q_map;
   AttendParams attend{.lists = layout.lists,
                       .partials = layout.partials,
+                      .any_cold = cold.any,
                       .first_segment = 0,
                       .num_segments = 0,
                       .ticket = 0,
@@ -183,6 +185,10 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
       .lse_head_stride = args.lse.stride[1],
   };
   const std::int64_t launch_segments = layout.launch_tokens / layout.window * problem.num_kv_heads;
+  // Where nothing may be cold, a CTA for each few rows would only be started to end.
+  constexpr std::int64_t kMergeWaves = 16;
+  const std::int64_t merge_ctas =
+      cold.flags == nullptr ? INT32_MAX : kMergeWaves * num_sms(args.q.device.index);
   for (std::int64_t i = 0; i < layout.num_launches; ++i) {
     const std::int64_t first_token = i * layout.launch_tokens;
     attend.partials.first_token = merge.partials.first_token = first_token;
@@ -198,20 +204,21 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
     merge.num_rows = std::min(layout.launch_tokens, total_q - first_token) * problem.num_q_heads;
     constexpr int kRowsPerCta = kMergeThreads / (kDim / 8);
     launch(merge_kernel<T, kDim>,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(merge.num_rows, kRowsPerCta))),
+           {.grid = dim3(
+                static_cast<unsigned>(std::min(ceil_div(merge.num_rows, kRowsPerCta), merge_ctas))),
             .threads = kMergeThreads},
            stream, merge);
   }
 }
 
 template <class T>
-void run_dtype(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-               std::byte* workspace, cudaStream_t stream) {
+void run_dtype(const SparseAttentionForward& args, ColdTiles cold, std::byte* workspace,
+               cudaStream_t stream) {
   const bool wide = args.problem.head_dim == 128;
   if (args.problem.block_size == 128) {
-    (wide ? run_shape<T, 128, 128> : run_shape<T, 64, 128>)(args, tile_is_cold, workspace, stream);
+    (wide ? run_shape<T, 128, 128> : run_shape<T, 64, 128>)(args, cold, workspace, stream);
   } else {
-    (wide ? run_shape<T, 128, 64> : run_shape<T, 64, 64>)(args, tile_is_cold, workspace, stream);
+    (wide ? run_shape<T, 128, 64> : run_shape<T, 64, 64>)(args, cold, workspace, stream);
   }
 }
 
@@ -260,10 +267,10 @@ std::size_t kv_outer_workspace_bytes(const SparseAttentionForward& args) {
   return make_layout(args, nullptr).bytes;
 }
 
-void kv_outer_run(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
+void kv_outer_run(const SparseAttentionForward& args, ColdTiles cold,
                   std::span<std::byte> workspace, Stream stream) {
   if (args.q.shape[0] == 0) return;
-  (args.q.dtype == DType::bf16 ? run_dtype<__nv_bfloat16> : run_dtype<__half>)(args, tile_is_cold,
+  (args.q.dtype == DType::bf16 ? run_dtype<__nv_bfloat16> : run_dtype<__half>)(args, cold,
                                                                                workspace.data(),
                                                                                stream_of(stream));
 }
@@ -274,7 +281,7 @@ const ::msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForw
     .declines = kv_outer_declines,
     .workspace_bytes = kv_outer_workspace_bytes,
     .run = [](const SparseAttentionForward& args, std::span<std::byte> workspace, Stream stream) {
-      kv_outer_run(args, nullptr, workspace, stream);
+      kv_outer_run(args, {}, workspace, stream);
     }};
 
 }  // namespace msa::cuda::sm90

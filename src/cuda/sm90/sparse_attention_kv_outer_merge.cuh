@@ -214,8 +214,13 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kMergeThreads, 5)
     merge_kernel(const __grid_constant__ MergeParams params) {
   constexpr int kRowsPerWarp = 32 / (kDim / 8);
-  merge_rows<T, kDim>(
-      params, (std::int64_t{blockIdx.x} * (kMergeThreads / 32) + threadIdx.x / 32) * kRowsPerWarp);
+  if (params.selection.takes_nothing()) return;
+  constexpr std::int64_t kRowsPerCta = kMergeThreads / 32 * kRowsPerWarp;
+#pragma unroll 1
+  for (std::int64_t first = blockIdx.x * kRowsPerCta; first < params.num_rows;
+       first += gridDim.x * kRowsPerCta) {
+    merge_rows<T, kDim>(params, first + threadIdx.x / 32 * kRowsPerWarp);
+  }
 }
 
 }  // namespace msa::cuda::sm90::kv_outer
