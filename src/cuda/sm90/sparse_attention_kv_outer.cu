@@ -186,7 +186,7 @@ void run_shape(const SparseAttentionForward& args, ColdTiles cold, std::byte* wo
   };
   const std::int64_t launch_segments = layout.launch_tokens / layout.window * problem.num_kv_heads;
   // Where nothing may be cold, a CTA for each few rows would only be started to end.
-  constexpr std::int64_t kMergeWaves = 16;
+  constexpr std::int64_t kMergeWaves = 128;
   const std::int64_t merge_ctas =
       cold.flags == nullptr ? INT32_MAX : kMergeWaves * num_sms(args.q.device.index);
   for (std::int64_t i = 0; i < layout.num_launches; ++i) {
