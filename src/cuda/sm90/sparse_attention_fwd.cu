@@ -17,7 +17,7 @@ constexpr int kMaxIds = kColdTile * 64;
 
 __global__ void __launch_bounds__(kClassifyWarps * 32)
     classify_kernel(const __grid_constant__ AttentionTensors tensors, std::uint8_t* tile_is_cold,
-                    std::int64_t num_cold_tiles) {
+                    int* count, std::int64_t num_cold_tiles) {
   __shared__ int all_ids[kClassifyWarps][kMaxIds];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -44,7 +44,17 @@ __global__ void __launch_bounds__(kClassifyWarps * 32)
   }
   pairs = __reduce_add_sync(~0u, pairs);
   distinct = __reduce_add_sync(~0u, distinct);
-  if (lane == 0) tile_is_cold[item] = 4 * distinct * num_tokens > 13 * pairs ? 1 : 0;
+  const bool is_cold = 4 * distinct * num_tokens > 13 * pairs;
+  if (lane == 0) {
+    tile_is_cold[item] = is_cold ? 1 : 0;
+    if (is_cold) atomicAdd(count, 1);
+  }
+}
+
+/// With few cold tiles the KV-outer kernel's cost per launch is more than they save: any = 1 only
+/// where they are the greater part.
+__global__ void decide_kernel(const int* count, int* any, std::int64_t num_tiles) {
+  *any = 2 * std::int64_t{*count} > num_tiles ? 1 : 0;
 }
 
 /// Whether tiles of little overlap go to the KV-outer kernel. It needs enough queries for a block
@@ -58,8 +68,10 @@ bool may_be_cold(const SparseAttentionForward& args) {
 std::int64_t num_cold_tiles(const SparseAttentionForward& args) {
   return ceil_div(args.q.shape[0], kColdTile);
 }
+constexpr std::size_t kCountBytes = 256;
 std::size_t flag_bytes(const SparseAttentionForward& args) {
-  return static_cast<std::size_t>(round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
+  return kCountBytes +
+         static_cast<std::size_t>(round_up(num_cold_tiles(args) * args.problem.num_kv_heads, 256));
 }
 
 std::optional<std::string> declines(const SparseAttentionForward& args, const Options&) {
@@ -97,23 +109,34 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
   return std::nullopt;
 }
 
+void launch_for_dtype(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
+  (args.q.dtype == DType::bf16 ? launch_union_bf16 : launch_union_f16)(args, cold, stream);
+}
+
 void run(const SparseAttentionForward& args, std::span<std::byte> workspace, Stream stream) {
   if (args.q.shape[0] == 0) return;
   MSA_CHECK(reinterpret_cast<std::uintptr_t>(args.out.data) % 16 == 0,
             "out must be aligned to 16 bytes, is at ", args.out.data);
-  const bool cold = may_be_cold(args);
-  auto* const flags = cold ? reinterpret_cast<std::uint8_t*>(workspace.data()) : nullptr;
-  if (cold) {
-    const std::int64_t tiles = num_cold_tiles(args);
-    launch(classify_kernel,
-           {.grid = dim3(
-                static_cast<unsigned>(ceil_div(tiles * args.problem.num_kv_heads, kClassifyWarps))),
-            .threads = kClassifyWarps * 32},
-           stream_of(stream), tensors_of(args), flags, tiles);
+  if (!may_be_cold(args)) {
+    launch_for_dtype(args, {}, stream_of(stream));
+    return;
   }
-  (args.q.dtype == DType::bf16 ? launch_union_bf16 : launch_union_f16)(args, flags,
-                                                                       stream_of(stream));
-  if (cold) kv_outer_run(args, flags, workspace.subspan(flag_bytes(args)), stream);
+  // Of the workspace: the number of cold tiles and the decision, a flag per tile, the KV-outer
+  // kernel's part.
+  auto* const count = reinterpret_cast<int*>(workspace.data());
+  int* const any = count + 1;
+  auto* const flags = reinterpret_cast<std::uint8_t*>(workspace.data() + kCountBytes);
+  const std::int64_t tiles = num_cold_tiles(args);
+  const std::int64_t items = tiles * args.problem.num_kv_heads;
+  MSA_CUDA_CHECK(cudaMemsetAsync(count, 0, sizeof(int), stream_of(stream)));
+  launch(classify_kernel,
+         {.grid = dim3(static_cast<unsigned>(ceil_div(items, kClassifyWarps))),
+          .threads = kClassifyWarps * 32},
+         stream_of(stream), tensors_of(args), flags, count, tiles);
+  launch(decide_kernel, {.threads = 1}, stream_of(stream), count, any, items);
+  const ColdTiles cold{.flags = flags, .any = any};
+  launch_for_dtype(args, cold, stream_of(stream));
+  kv_outer_run(args, cold, workspace.subspan(flag_bytes(args)), stream);
 }
 
 }  // namespace

@@ -62,6 +62,7 @@ struct UnionParams {
   int slot_rows;           ///< rows per token: the group size, at least 4
   /// [num_kv_heads][num_cold_tiles], tiles of kColdTile packed tokens, or null: none is cold
   const std::uint8_t* tile_is_cold;
+  const int* any_cold;  ///< with tile_is_cold; 0: none is cold
   std::int64_t num_cold_tiles;
   int stages;
   int ids_per_lane;
@@ -88,7 +89,8 @@ __device__ __forceinline__ Tile tile_at(const UnionParams& g, std::int64_t item,
   tile.position = static_cast<int>(sequence.position(first));
   tile.kv_head = static_cast<int>(item / g.num_tiles);
   tile.cold = 0;
-  if (g.tile_is_cold != nullptr && tile.num_tokens > 0) {  // it lies in one cold tile or in two
+  if (g.tile_is_cold != nullptr && tile.num_tokens > 0 &&
+      *g.any_cold != 0) {  // it lies in one cold tile or in two
     const std::uint8_t* const flags = g.tile_is_cold + tile.kv_head * g.num_cold_tiles;
     const int in_first = kColdTile - static_cast<int>(tile.row0 % kColdTile);
     const std::uint32_t first_bits = (1u << in_first) - 1;
@@ -266,11 +268,6 @@ __device__ __forceinline__ void load_queries(const UnionParams& g, UnionShared& 
     DeviceSequence sequence;
     const Tile tile = tile_at(g, item, sequence);
     if (tile.num_tokens == 0) continue;
-#pragma unroll
-    for (int half = 0; half < 2 * (kDim / 64); ++half) {  // waits for its place in the L2 cache
-      ptx::tma_prefetch_3d(&q_map, half / 2 * 64, tile.kv_head * g.tensors.group_size,
-                           static_cast<int>(tile.row0) + half % 2 * (64 / g.slot_rows));
-    }
     send(tile);
   }
   send({.row0 = 0, .num_tokens = -1, .position = 0, .kv_head = 0, .cold = 0});

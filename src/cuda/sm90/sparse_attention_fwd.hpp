@@ -5,6 +5,7 @@
 
 #include "cuda/common/support.hpp"
 #include "cuda/sm90/attention_row.cuh"
+#include "cuda/sm90/sparse_attention_kv_outer.hpp"
 
 namespace msa::cuda::sm90 {
 
@@ -44,11 +45,8 @@ inline AttentionTensors tensors_of(const SparseAttentionForward& args) {
   return g;
 }
 
-/// `tile_is_cold` [num_kv_heads][ceil(total_q / kColdTile)] or null: tokens of such tiles are left
-/// to the KV-outer kernel.
-void launch_union_bf16(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-                       cudaStream_t stream);
-void launch_union_f16(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-                      cudaStream_t stream);
+/// Tokens of cold tiles (of kColdTile tokens) are left to the KV-outer kernel.
+void launch_union_bf16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream);
+void launch_union_f16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream);
 
 }  // namespace msa::cuda::sm90

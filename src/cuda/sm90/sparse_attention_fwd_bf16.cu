@@ -3,9 +3,8 @@
 
 namespace msa::cuda::sm90 {
 
-void launch_union_bf16(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-                       cudaStream_t stream) {
-  launch_for<__nv_bfloat16>(args, tile_is_cold, stream);
+void launch_union_bf16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
+  launch_for<__nv_bfloat16>(args, cold, stream);
 }
 
 }  // namespace msa::cuda::sm90

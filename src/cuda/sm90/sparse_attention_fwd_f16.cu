@@ -3,9 +3,8 @@
 
 namespace msa::cuda::sm90 {
 
-void launch_union_f16(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-                      cudaStream_t stream) {
-  launch_for<__half>(args, tile_is_cold, stream);
+void launch_union_f16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
+  launch_for<__half>(args, cold, stream);
 }
 
 }  // namespace msa::cuda::sm90

@@ -54,13 +54,13 @@ inline CUtensorMap map_of_queries(const SparseAttentionForward& args, int slot_r
 }
 
 template <class T, int kDim, int kBlock>
-void launch_union(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-                  cudaStream_t stream) {
+void launch_union(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
   const Problem& problem = args.problem;
   UnionParams g{};
   g.tensors = tensors_of(args);
   g.slot_rows = std::max(problem.group_size(), 4);
-  g.tile_is_cold = tile_is_cold;
+  g.tile_is_cold = cold.flags;
+  g.any_cold = cold.any;
   g.num_cold_tiles = ceil_div(args.q.shape[0], kColdTile);
   const int tile_tokens = kTileRows / g.slot_rows;
   g.num_tiles = args.q.shape[0] / tile_tokens + g.tensors.batch.batch_size;
@@ -84,7 +84,7 @@ void launch_union(const SparseAttentionForward& args, const std::uint8_t* tile_i
 
 /// Starts the union kernel for T.
 template <class T>
-void launch_for(const SparseAttentionForward& args, const std::uint8_t* cold, cudaStream_t stream) {
+void launch_for(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
   const bool wide = args.problem.block_size == 128;
   if (args.problem.head_dim == 128) {
     wide ? launch_union<T, 128, 128>(args, cold, stream)

@@ -114,8 +114,8 @@ CUtensorMap make_kv_map(const TensorView& kv, const Problem& problem, bool paged
 }
 
 template <class T, int kDim, int kBlock>
-void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-               std::byte* workspace, cudaStream_t stream) {
+void run_shape(const SparseAttentionForward& args, ColdTiles cold, std::byte* workspace,
+               cudaStream_t stream) {
   const Problem& problem = args.problem;
   const std::int64_t total_q = args.q.shape[0];
   const bool paged = args.batch.page_table.given();
@@ -129,7 +129,8 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
       .head_stride = args.block_ids.stride[0],
       .token_stride = args.block_ids.stride[1],
       .slot_stride = args.block_ids.stride[2],
-      .tile_is_cold = tile_is_cold,
+      .tile_is_cold = cold.flags,
+      .any_cold = cold.any,
       .num_tiles = ceil_div(total_q, kTokensPerColdTile),
       .num_kv_heads = problem.num_kv_heads,
       .top_k = problem.top_k,
@@ -147,6 +148,7 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
   const CUtensorMap v_map = keys ? make_kv_map(args.v, problem, paged) : q_map;
   AttendParams attend{.lists = layout.lists,
                       .partials = layout.partials,
+                      .any_cold = cold.any,
                       .first_segment = 0,
                       .num_segments = 0,
                       .ticket = 0,
@@ -188,7 +190,7 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
             .smem_bytes = Smem<kDim, kBlock>::kBytes},
            stream, q_map, k_map, v_map, attend);
     merge.num_tokens = std::min(layout.launch_tokens, total_q - first_token);
-    constexpr std::int64_t kMergeCtasPerSm = 8;
+    constexpr std::int64_t kMergeCtasPerSm = 128;  // enough to balance, few to start for nothing
     const std::int64_t tiles =
         ceil_div(merge.num_tokens, kTokensPerColdTile) * problem.num_kv_heads;
     launch(merge_kernel<T, kDim>,
@@ -200,13 +202,13 @@ void run_shape(const SparseAttentionForward& args, const std::uint8_t* tile_is_c
 }
 
 template <class T>
-void run_dtype(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
-               std::byte* workspace, cudaStream_t stream) {
+void run_dtype(const SparseAttentionForward& args, ColdTiles cold, std::byte* workspace,
+               cudaStream_t stream) {
   const bool wide = args.problem.head_dim == 128;
   if (args.problem.block_size == 128) {
-    (wide ? run_shape<T, 128, 128> : run_shape<T, 64, 128>)(args, tile_is_cold, workspace, stream);
+    (wide ? run_shape<T, 128, 128> : run_shape<T, 64, 128>)(args, cold, workspace, stream);
   } else {
-    (wide ? run_shape<T, 128, 64> : run_shape<T, 64, 64>)(args, tile_is_cold, workspace, stream);
+    (wide ? run_shape<T, 128, 64> : run_shape<T, 64, 64>)(args, cold, workspace, stream);
   }
 }
 
@@ -255,10 +257,10 @@ std::size_t kv_outer_workspace_bytes(const SparseAttentionForward& args) {
   return make_layout(args, nullptr).bytes;
 }
 
-void kv_outer_run(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
+void kv_outer_run(const SparseAttentionForward& args, ColdTiles cold,
                   std::span<std::byte> workspace, Stream stream) {
   if (args.q.shape[0] == 0) return;
-  (args.q.dtype == DType::bf16 ? run_dtype<__nv_bfloat16> : run_dtype<__half>)(args, tile_is_cold,
+  (args.q.dtype == DType::bf16 ? run_dtype<__nv_bfloat16> : run_dtype<__half>)(args, cold,
                                                                                workspace.data(),
                                                                                stream_of(stream));
 }
@@ -269,7 +271,7 @@ const ::msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForw
     .declines = kv_outer_declines,
     .workspace_bytes = kv_outer_workspace_bytes,
     .run = [](const SparseAttentionForward& args, std::span<std::byte> workspace, Stream stream) {
-      kv_outer_run(args, nullptr, workspace, stream);
+      kv_outer_run(args, {}, workspace, stream);
     }};
 
 }  // namespace msa::cuda::sm90

@@ -25,10 +25,12 @@ struct Selection {
   const std::int32_t* block_ids;  ///< [num_kv_heads][total_q][top_k]
   std::int64_t head_stride, token_stride, slot_stride;
   const std::uint8_t* tile_is_cold;  ///< [num_kv_heads][num_tiles] or null: all are
+  const int* any_cold;               ///< with tile_is_cold; 0: no tile is
   std::int64_t num_tiles;
   int num_kv_heads;
   int top_k;
 
+  __device__ bool takes_nothing() const { return any_cold != nullptr && *any_cold == 0; }
   /// Whether this path computes the token.
   __device__ bool takes(std::int64_t token, int head) const {
     return tile_is_cold == nullptr ||
@@ -156,6 +158,7 @@ __global__ void __launch_bounds__(kListThreads, 1)
                        const __grid_constant__ Lists lists) {
   extern __shared__ int bins[];
   __shared__ std::uint64_t scratch[kListThreads / 32];
+  if (selection.takes_nothing()) return;
   const DeviceBatch& batch = selection.batch;
   const int tid = static_cast<int>(threadIdx.x);
   const std::int64_t segment = blockIdx.x;

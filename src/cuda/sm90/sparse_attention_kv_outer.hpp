@@ -18,9 +18,13 @@ namespace msa::cuda::sm90 {
 std::optional<std::string> kv_outer_declines(const SparseAttentionForward& args,
                                              const Options& options);
 std::size_t kv_outer_workspace_bytes(const SparseAttentionForward& args);
-/// `tile_is_cold` [num_kv_heads][ceil(total_q / 8)] on the device: only tokens of tiles that are
-/// not 0 are computed and written. Null: all.
-void kv_outer_run(const SparseAttentionForward& args, const std::uint8_t* tile_is_cold,
+/// Which tokens kv_outer_run() computes and writes, on the device: those of tiles whose flag is not
+/// 0. Null: all.
+struct ColdTiles {
+  const std::uint8_t* flags = nullptr;  ///< [num_kv_heads][ceil(total_q / 8)]
+  const int* any = nullptr;             ///< with flags; 0: no flag is set
+};
+void kv_outer_run(const SparseAttentionForward& args, ColdTiles cold,
                   std::span<std::byte> workspace, Stream stream);
 
 }  // namespace msa::cuda::sm90

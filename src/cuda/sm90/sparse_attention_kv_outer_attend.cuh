@@ -50,6 +50,7 @@ struct Partials {
 struct AttendParams {
   Lists lists;
   Partials partials;
+  const int* any_cold;  ///< or null; 0: nothing to do, and no lists
   std::int64_t first_segment;
   int num_segments;
   int ticket;  ///< index in lists.tickets
@@ -442,6 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ AttendParams params) {
   using S = Smem<kDim, kBlock>;
   extern __shared__ __align__(1024) char smem_generic[];
+  if (params.any_cold != nullptr && *params.any_cold == 0) return;
   const std::uint32_t smem = ptx::smem_address(smem_generic);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   int* const first_items = reinterpret_cast<int*>(smem_generic + S::kFirstItems);

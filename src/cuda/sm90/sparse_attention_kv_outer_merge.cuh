@@ -160,6 +160,7 @@ __device__ __forceinline__ void merge_rows(const MergeParams& params, std::int64
 template <class T, int kDim>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     merge_kernel(const __grid_constant__ MergeParams params) {
+  if (params.selection.takes_nothing()) return;
   constexpr int kRowsPerWarp = 32 / (kDim / 8);
   constexpr int kRowsPerCta = kMergeThreads / 32 * kRowsPerWarp;
   const int num_heads = params.selection.num_kv_heads;

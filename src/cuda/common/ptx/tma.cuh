@@ -67,12 +67,6 @@ __device__ __forceinline__ void tma_load_4d_multicast(std::uint32_t to, const CU
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(ctas)
       : "memory");
 }
-/// To the L2 cache only; nothing reports its end.
-__device__ __forceinline__ void tma_prefetch_3d(const CUtensorMap* map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
-               "r"(x), "r"(y), "r"(z)
-               : "memory");
-}
 __device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, std::uint32_t from, int x,
                                              int y, int z) {
   asm volatile(
