@@ -42,7 +42,8 @@ bool must_take(const std::string& backend, const std::string& operation, const C
     return false;
   }
   if (backend == "cuda_generic") return true;
-  const bool prefill = operation == "Indexer" || operation == "SparseAttentionForward";
+  const bool prefill =
+      (operation == "Indexer" && backend == "cuda_sm90") || operation == "SparseAttentionForward";
   return prefill && is_tile(p.block_size) && p.top_k >= 4 && p.top_k <= 64 &&
          p.group_size() <= 16 && (p.group_size() & (p.group_size() - 1)) == 0;
 }
