@@ -137,7 +137,7 @@ __device__ __forceinline__ void score_queries(const Params& g, const DeviceSeque
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     indexer_scores_kernel(const __grid_constant__ Params g) {
   extern __shared__ uint4 smem[];
   T* const q_tile = reinterpret_cast<T*>(smem);

@@ -78,7 +78,7 @@ class ChunkWalk {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
     sparse_attention_kernel(const __grid_constant__ AttentionParams g) {
   extern __shared__ uint4 smem[];
   const int thread = static_cast<int>(threadIdx.x);
