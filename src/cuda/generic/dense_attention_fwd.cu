@@ -57,7 +57,9 @@ __device__ __forceinline__ void attend_tokens(const AttentionParams& g,
         });
   };
 
-  __syncthreads();  // of the tokens before
+  // Tokens without keys leave their copy of q under way.
+  ptx::cp_async_wait<0>();
+  __syncthreads();
   load_tile<T, kDim, kThreads>(q_tile, kRows, g.head_dim, g.q_load, thread,
                                [&](int row) -> const std::byte* {
                                  if (row >= num_rows) return nullptr;
