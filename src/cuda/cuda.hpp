@@ -11,4 +11,11 @@ extern const msa::detail::Implementation<Indexer> kIndexer;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
 }  // namespace msa::cuda::sm90
-namespace msa::cuda::generic {}
+namespace msa::cuda::generic {
+extern const msa::detail::Implementation<IndexerScores> kIndexerScores;
+extern const msa::detail::Implementation<SelectTopK> kSelectTopK;
+extern const msa::detail::Implementation<Indexer> kIndexer;
+extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
+extern const msa::detail::Implementation<DenseAttentionForward> kDenseAttentionForward;
+extern const msa::detail::Implementation<AppendKv> kAppendKv;
+}  // namespace msa::cuda::generic

@@ -18,26 +18,38 @@ using List = const detail::Implementation<Args>*;
 
 constexpr List<IndexerScores> kIndexerScores[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kIndexerScores,
+    &cuda::sm90::kIndexerScores, &cuda::generic::kIndexerScores,
 #endif
     &cpu::kIndexerScores, &reference::kIndexerScores};
-constexpr List<SelectTopK> kSelectTopK[] = {&cpu::kSelectTopK, &reference::kSelectTopK};
+constexpr List<SelectTopK> kSelectTopK[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kSelectTopK,
+#endif
+    &cpu::kSelectTopK, &reference::kSelectTopK};
 constexpr List<Indexer> kIndexer[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kIndexer,
+    &cuda::sm90::kIndexer, &cuda::generic::kIndexer,
 #endif
     &cpu::kIndexer, &reference::kIndexer};
 constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::sm90::kSparseAttentionForward, &cuda::sm90::kSparseAttentionForwardKvOuter,
+    &cuda::generic::kSparseAttentionForward,
 #endif
     &cpu::kSparseAttentionForward, &reference::kSparseAttentionForward};
 constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kDenseAttentionForward,
+#endif
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
 constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
     &reference::kSparseAttentionBackward};
 constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&reference::kIndexerKlBackward};
-constexpr List<AppendKv> kAppendKv[] = {&cpu::kAppendKv, &reference::kAppendKv};
+constexpr List<AppendKv> kAppendKv[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kAppendKv,
+#endif
+    &cpu::kAppendKv, &reference::kAppendKv};
 
 }  // namespace
 
