@@ -67,10 +67,9 @@ struct Smem {
   static constexpr std::uint32_t kQBytes = kTileRows * kDim * 2;
   static constexpr int kTiles = kWarpgroups * kQStages;
   static constexpr std::uint32_t kQ = kKvStages * 2 * kKvBytes;
-  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;         // int4 [kTiles]
-  static constexpr std::uint32_t kOrderSlots = kInfos + kTiles * 16;     // int4 [kOrders][2]
-  static constexpr std::uint32_t kEntries = kOrderSlots + kOrders * 32;  // u32 [kTiles][64]
-  static constexpr std::uint32_t kBarriers = kEntries + kTiles * kTileRows * 4;
+  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;      // int4 [kTiles]
+  static constexpr std::uint32_t kOrderSlots = kInfos + kTiles * 16;  // int4 [kOrders][2]
+  static constexpr std::uint32_t kBarriers = kOrderSlots + kOrders * 32;
   static constexpr std::uint32_t kQFull = kBarriers;
   static constexpr std::uint32_t kQEmpty = kQFull + kTiles * 8;
   static constexpr std::uint32_t kKvFull = kQEmpty + kTiles * 8;
@@ -82,13 +81,29 @@ struct Smem {
   static_assert(kBytes <= 232448);
 };
 
-/// What the producer tells a warpgroup about a tile, beside its entries.
+/// Slots of shared memory that lane 0 writes or releases for its warp, lane 0 reads too.
+__device__ __forceinline__ int4 load_by_lane_0(const int4* from) {
+  int4 value{};
+  if (threadIdx.x % 32 == 0) value = *from;
+  return {__shfl_sync(~0u, value.x, 0), __shfl_sync(~0u, value.y, 0), __shfl_sync(~0u, value.z, 0),
+          __shfl_sync(~0u, value.w, 0)};
+}
+
+/// What the producer tells a warpgroup about a tile: flags and how many entries it has; the first
+/// of them among those of the launch (who needs entries reads them from the lists); slot 0 of the
+/// window's first token among the launch's (token, KV head, slot).
 struct TileInfo {
   static constexpr int kStage = 1;   // of K and V
   static constexpr int kParity = 2;  // to wait for
   static constexpr int kLast = 4;    // the warpgroup's last tile of the item
   static constexpr int kStop = 8;    // no tile: the end
+  static constexpr int kCountShift = 4;
 };
+
+/// Entries of a launch's first segment; the launch has fewer than 2^31.
+__device__ __forceinline__ const std::uint32_t* entries_of_launch(const AttendParams& params) {
+  return params.lists.entries + params.first_segment * params.lists.window * params.top_k;
+}
 
 /// Q in shared memory: rows in groups of 8, each group kPanels panels of 8 x 128 bytes, so that
 /// one box of TMA is one token. Rows of a group are 128 bytes apart, groups kPanels * 1024.
@@ -192,9 +207,8 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
     ptx::mbarrier_wait(smem + S::kOrderFull + from * 8, n / kOrders & 1);
     const int4* const order =
         reinterpret_cast<const int4*>(smem_generic + S::kOrderSlots) + from * 2;
-    const int4 item = order[0];
-    const int4 rest = order[1];
-    __syncwarp();
+    const int4 item = load_by_lane_0(order);
+    const int4 rest = load_by_lane_0(order + 1);
     if (lane == 0) ptx::mbarrier_arrive(smem + S::kOrderEmpty + from * 8);
     const int count = item.w;
     if (count == 0) break;
@@ -202,8 +216,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
     const int ordinal = rest.z;
     const int head = segment % params.num_kv_heads;
     const int first_token = segment / params.num_kv_heads * params.lists.window;
-    const std::uint32_t* const list =
-        params.lists.entries + std::int64_t{segment} * params.lists.window * params.top_k + item.z;
+    const int first_entry =
+        (segment - static_cast<int>(params.first_segment)) * params.lists.window * params.top_k +
+        item.z;
+    const std::uint32_t* const list = entries_of_launch(params) + first_entry;
+    const int first_slot =
+        ((first_token - static_cast<int>(params.partials.first_token)) * params.num_kv_heads +
+         head) *
+        params.top_k;
     // Entries of a tile, one or two a lane.
     const auto entries_of = [&](int tile, std::uint32_t(&entries)[2]) {
 #pragma unroll
@@ -222,23 +242,15 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
       entries_of(tile + kWarpgroups, ahead);
       const std::uint32_t slot = slot_of_use();
       const std::uint32_t full = smem + S::kQFull + slot * 8;
-      auto* const shared_entries =
-          reinterpret_cast<std::uint32_t*>(smem_generic + S::kEntries) + slot * kTileRows;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (lane + 32 * i < tile_tokens) shared_entries[lane + 32 * i] = entries[i];
-      }
-      if (lane == 0) {
-        const int flags = (ordinal % kKvStages) * TileInfo::kStage |
-                          (ordinal / kKvStages & 1) * TileInfo::kParity |
-                          (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0);
-        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] =
-            make_int4(flags, first_token - static_cast<int>(params.partials.first_token), head, 0);
-      }
-      __syncwarp();
       if (lane == 0) {
         const int left = count - tile * tile_tokens;
         const int num_tokens = left < tile_tokens ? left : tile_tokens;
+        const int flags = (ordinal % kKvStages) * TileInfo::kStage |
+                          (ordinal / kKvStages & 1) * TileInfo::kParity |
+                          (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0) |
+                          num_tokens << TileInfo::kCountShift;
+        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] =
+            make_int4(flags, first_entry + tile * tile_tokens, first_slot, 0);
         ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(num_tokens * kDim * 2)
                                           << log2_group);
       }
@@ -323,16 +335,17 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
   for (std::uint32_t use = 0;; ++use) {
     const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
     ptx::mbarrier_wait(smem + S::kQFull + slot * 8, use / kQStages & 1);
-    const int4 info = reinterpret_cast<const int4*>(smem_generic + S::kInfos)[slot];
+    const int4 info =
+        load_by_lane_0(reinterpret_cast<const int4*>(smem_generic + S::kInfos) + slot);
     if (info.x & TileInfo::kStop) break;
     const std::uint32_t kv_stage = info.x & TileInfo::kStage ? 1 : 0;
     std::uint32_t entries[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      entries[h] = reinterpret_cast<const std::uint32_t*>(
-          smem_generic +
-          S::kEntries)[slot * kTileRows + static_cast<std::uint32_t>(ptx::accumulator_row(2 * h) >>
-                                                                     params.log2_group_size)];
+      const int in_tile = ptx::accumulator_row(2 * h) >> params.log2_group_size;
+      entries[h] = in_tile < info.x >> TileInfo::kCountShift
+                       ? __ldg(entries_of_launch(params) + info.y + in_tile)
+                       : Entry::kNone;
     }
     ptx::mbarrier_wait(smem + S::kKvFull + kv_stage * 8, info.x & TileInfo::kParity ? 1 : 0);
 
@@ -406,9 +419,9 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       }
 
       if (entries[h] != Entry::kNone) {
-        const std::int64_t token = info.y + Entry::token(entries[h]);
         const std::int64_t row0 =
-            ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h]))
+            std::int64_t{info.z + Entry::token(entries[h]) * params.num_kv_heads * params.top_k +
+                         Entry::slot(entries[h])}
             << params.log2_group_size;
         const int row = ptx::accumulator_row(2 * h) & (group_size - 1);
         std::uint16_t* const to = params.partials.out + row0 * kDim +
