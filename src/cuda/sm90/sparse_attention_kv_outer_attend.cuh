@@ -14,6 +14,7 @@
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/wgmma.cuh"
 #include "cuda/common/swizzle.cuh"
+#include "cuda/sm90/attention_row.cuh"
 #include "cuda/sm90/sparse_attention_kv_outer.cuh"
 
 namespace msa::cuda::sm90::kv_outer {
@@ -25,7 +26,6 @@ inline constexpr int kQStages = 2;    // of each warpgroup
 inline constexpr int kKvStages = 2;
 inline constexpr int kOrders = 4;         // items on their way from the scheduler to the producers
 inline constexpr int kMaxSegments = 256;  // of a launch
-inline constexpr float kHuge = 0x1p30f;   // scores in base 2
 inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
 
 /// Elements between the 64-byte chunks of a row of partials.
@@ -283,10 +283,12 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
 }
 
 /// A warpgroup's tile once S stands: S -> P. Returns per row (of two a thread) the sum of the
-/// unrounded weights and the base-2 logarithm of it with the maximum put back.
+/// weights before they are rounded to 16 bits, 2^-shift of the largest one's, and the base-2
+/// logarithm of it with the maximum put back.
 template <int kCount>
 __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const int (&visible)[2],
-                                        int block_size, float (&sum)[2], float (&lse)[2]) {
+                                        int block_size, float shift, float (&sum)[2],
+                                        float (&lse)[2]) {
   if (__any_sync(~0u, visible[0] < block_size || visible[1] < block_size)) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -305,7 +307,7 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     float top = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    reference[h] = top == -INFINITY ? 0.0f : top * scale;
+    reference[h] = top == -INFINITY ? 0.0f : fmaf(top, scale, shift);
   }
   float part[2][2] = {};
 #pragma unroll
@@ -318,19 +320,29 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     sum[h] = part[h][0] + part[h][1];
     sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
     sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    // The reference is a rounded product, those above are not: up to 2^-24 of it apart. All of a
-    // row have that factor and it cancels, unless it overflows: such rows are for the merge to
-    // compute.
-    lse[h] = fabsf(reference[h]) > kHuge ? reference[h] : reference[h] + ptx::lg2(sum[h]);
+    // The merge computes rows of huge scores.
+    lse[h] = fabsf(reference[h]) > kHugeScore ? reference[h] : reference[h] + ptx::lg2(sum[h]);
   }
 }
+
+/// Where a row of a tile goes, in one register until its products stand: the (token, KV head, slot)
+/// among those of the launch, 4 GiB of partials of at least 128 bytes, and what the row's end
+/// depends on.
+struct Target {
+  static constexpr std::uint32_t kSlots = (1u << 30) - 1;
+  static constexpr std::uint32_t kNone = kSlots;      // no row
+  static constexpr std::uint32_t kPartly = 1u << 30;  // the row doesn't see the whole block
+  static constexpr std::uint32_t kHuge = 1u << 31;    // its scores are beyond kHugeScore
+};
 
 template <class T, int kDim, int kBlock>
 __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_t smem,
                                         const char* smem_generic, int warpgroup) {
   using S = Smem<kDim, kBlock>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int group_size = 1 << params.log2_group_size;
+  const auto row_in_group = [&](int h) {
+    return ptx::accumulator_row(2 * h) & ((1 << params.log2_group_size) - 1);
+  };
 
   for (std::uint32_t use = 0;; ++use) {
     const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
@@ -370,9 +382,22 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
     if (lane == 0) ptx::mbarrier_arrive(smem + S::kQEmpty + slot * 8);
 
     const int visible[2] = {Entry::num_visible(entries[0]), Entry::num_visible(entries[1])};
+    std::uint32_t target[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int slot_of_launch = info.z +
+                                 Entry::token(entries[h]) * params.num_kv_heads * params.top_k +
+                                 Entry::slot(entries[h]);
+      target[h] = entries[h] == Entry::kNone ? Target::kNone
+                                             : static_cast<std::uint32_t>(slot_of_launch) |
+                                                   (visible[h] < kBlock ? Target::kPartly : 0);
+    }
     float sum[2];
     float lse[2];
-    softmax(s, params.scale_log2, visible, kBlock, sum, lse);
+    // Weights of at most 2^-7.5 (see kHugeScore), so that 128 of the largest bf16 values stay below
+    // 2^128. f16 can't overflow f32, and needs the range below 1.
+    constexpr float kShift = std::is_same_v<T, __half> ? 0.0f : 8.0f;
+    softmax(s, params.scale_log2, visible, kBlock, kShift, sum, lse);
     std::uint32_t p[kBlock / 16][4];
 #pragma unroll
     for (int i = 0; i < kBlock / 4; ++i) p[i / 4][i % 4] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
@@ -392,6 +417,14 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       }
     }
     ptx::wgmma_commit();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (fabsf(lse[h]) > kHugeScore) target[h] |= Target::kHuge;
+      if ((target[h] & Target::kSlots) != Target::kNone && lane % 4 == 0) {
+        params.partials.lse[(std::int64_t{target[h] & Target::kSlots} << params.log2_group_size) +
+                            row_in_group(h)] = lse[h];
+      }
+    }
     ptx::wgmma_wait<0>();
     ptx::pin(o);
     if ((info.x & TileInfo::kLast) != 0 && lane == 0) {
@@ -414,16 +447,15 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       exponent = exponent > 112 ? 112 : exponent;
       const float factor = inverse * __int_as_float((127 + exponent) << 23);
       // A value that the row doesn't see may have made NaN of 0 times it.
-      if ((largest != largest && visible[h] < kBlock) || fabsf(lse[h]) > kHuge) {
+      if ((largest != largest && (target[h] & Target::kPartly) != 0) ||
+          (target[h] & Target::kHuge) != 0) {
         exponent = kRecompute;
       }
 
-      if (entries[h] != Entry::kNone) {
-        const std::int64_t row0 =
-            std::int64_t{info.z + Entry::token(entries[h]) * params.num_kv_heads * params.top_k +
-                         Entry::slot(entries[h])}
-            << params.log2_group_size;
-        const int row = ptx::accumulator_row(2 * h) & (group_size - 1);
+      if ((target[h] & Target::kSlots) != Target::kNone) {
+        const std::int64_t row0 = std::int64_t{target[h] & Target::kSlots}
+                                  << params.log2_group_size;
+        const int row = row_in_group(h);
         std::uint16_t* const to = params.partials.out + row0 * kDim +
                                   partial_offset<kDim>(params.log2_group_size, row) + lane % 4 * 8;
         const int chunk_stride = partial_chunk_stride(params.log2_group_size);
@@ -439,7 +471,6 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
                  make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
         if (lane % 4 == 0) {
-          params.partials.lse[row0 + row] = lse[h];
           params.partials.exponents[row0 + row] = static_cast<std::int8_t>(exponent);
         }
       }
