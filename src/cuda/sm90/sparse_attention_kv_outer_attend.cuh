@@ -326,7 +326,7 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
 }
 
 /// Where a row of a tile goes, in one register until its products stand: the (token, KV head, slot)
-/// among those of the launch, 4 GiB of partials of at least 128 bytes, and what the row's end
+/// among those of the launch, 2 GiB of partials of at least 128 bytes, and what the row's end
 /// depends on.
 struct Target {
   static constexpr std::uint32_t kSlots = (1u << 30) - 1;
