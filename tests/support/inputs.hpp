@@ -58,13 +58,15 @@ class Inputs {
   void make_index_codes();
   void make_queries();
   void plant_special_values();
+  void make_largest_values();
   void make_block_scores();
   void make_block_ids();
   void make_forward_results();
   /// Too large for the reference: the CPU backend makes scores and ids, and there is no dout.
   bool is_large() const;
   GuardedTensor filled(const std::vector<std::int64_t>& shape, double scale = 1.0);
-  GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim);
+  GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim, double scale);
+  double coarse_scale() const;
   double value(double scale);
   template <class Visit>
   void for_each_tensor(Visit visit);
