@@ -94,7 +94,7 @@ TEST(PtxBarrier, ArrivesAtAnotherCtaOfTheCluster) {
   EXPECT_EQ(results.values(), (std::vector<int>{0, 1, 2, 3, 0, 1, 2, 3}));
 }
 
-/// Warps 0 and 1 fill and arrive, warp 2 syncs and sums; then all three sync.
+/// Warps 0 and 1 fill and arrive, warp 2 syncs and sums.
 __global__ void named_kernel(int* sums, int rounds) {
   __shared__ int slots[64];
   for (int round = 0; round < rounds; ++round) {
@@ -108,7 +108,7 @@ __global__ void named_kernel(int* sums, int rounds) {
       for (int i = 0; i < 64; ++i) sum += slots[i];
       if (threadIdx.x == 64) sums[round] = sum;
     }
-    ptx::named_barrier_sync(2, 96);
+    __syncthreads();  // racecheck loses sight of the reads above across a named barrier, at times
   }
 }
 TEST(PtxBarrier, NamedBarriersOrderProducersAndConsumers) {
