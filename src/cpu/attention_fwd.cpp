@@ -33,6 +33,9 @@ constexpr std::int32_t kNoBlock = std::numeric_limits<std::int32_t>::max();
 /// smaller L2 caches behind; half as many lose a quarter there (docs/kernels/cpu.md).
 constexpr std::int64_t kMaxRows = 512;
 
+/// Rows at most that multiply keys and values where they lie; more rows pay for packing them first.
+constexpr std::int64_t kFewRows = 16;
+
 /// Query heads that a thread takes of a group at least: the rows of a register tile.
 constexpr std::int64_t kMinHeads = 4;
 
@@ -102,7 +105,7 @@ AttentionScratch lay_out(const Problem& p, core::WorkspaceLayout& layout) {
   scratch.cursor = layout.take<std::int32_t>(queries);
   scratch.k_panel = layout.take<float>(std::int64_t{p.block_size} * p.head_dim);
   scratch.v_panel = layout.take<float>(p.block_size * padded_dim);
-  scratch.pack = layout.take<float>(pack_scratch(p.head_dim));
+  scratch.pack = layout.take<float>(2 * pack_scratch(p.head_dim));
   return scratch;
 }
 
@@ -301,6 +304,122 @@ void accumulate_rows(const AttentionScratch& scratch, const Problem& p, std::int
                 });
 }
 
+/// score_rows for active rows [first_row, first_row + kRows), from the keys as they lie.
+template <std::int64_t kRows, class T>
+void score_few_rows(const T* block, std::int64_t token_stride, const AttentionScratch& scratch,
+                    const Problem& p, std::int64_t first_row, std::int64_t num_rows,
+                    std::int64_t num_tokens, const NextRows& next) {
+  // A chain of multiply-adds waits for its last step: eight of them keep two ports busy.
+  constexpr std::int64_t kVectors = kRows <= 4 && kTileVectors > 2 ? 2 : 1;
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  const std::int64_t dim = p.head_dim;
+  const std::int64_t padded_dim = round_up(dim, kMaxLanes);
+  const std::int64_t row_bytes = dim * static_cast<std::int64_t>(sizeof(T));
+  const float* q[kRows];
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    q[r] = scratch.q + scratch.row[std::min(first_row + r, num_rows - 1)] * padded_dim;
+  }
+  for (std::int64_t first = 0; first < num_tokens; first += kVectors * n) {
+    const std::int64_t count = std::min(kVectors * n, num_tokens - first);
+    const T* const from = block + first * token_stride;
+    PrefetchStream ahead(next, row_bytes, first);
+    if (token_stride == dim) touch_rows(from, count * row_bytes);
+    const T* tokens[kVectors];
+    std::int64_t stride = token_stride;
+    if (count == kVectors * n && dim % kPieceDims<T> == 0) {
+      for (std::int64_t v = 0; v < kVectors; ++v) tokens[v] = from + v * n * token_stride;
+    } else {
+      stride = round_up(dim, kPieceDims<T>);
+      T* const copy = reinterpret_cast<T*>(scratch.pack);
+      copy_rows(from, token_stride, count, dim, kVectors * n, copy);
+      for (std::int64_t v = 0; v < kVectors; ++v) tokens[v] = copy + v * n * stride;
+    }
+    Sums<kRows, kVectors> sums;
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      for (std::int64_t v = 0; v < kVectors; ++v) sums[r][v] = hn::Zero(d);
+    }
+    with_stride(stride,
+                [&](auto row) { multiply_tokens<kRows>(q, tokens, row, dim, ahead, sums); });
+    for (std::int64_t r = 0; r < std::min(kRows, num_rows - first_row); ++r) {
+      float* const to = scratch.s + (first_row + r) * p.block_size + first;
+      for (std::int64_t v = 0; v * n < count; ++v) hn::StoreU(sums[r][v], d, to + v * n);
+    }
+  }
+}
+
+/// accumulate_rows for active rows [first_row, first_row + kRows), from the values as they lie.
+template <std::int64_t kRows, class T>
+void accumulate_few_rows(const T* block, std::int64_t token_stride, const AttentionScratch& scratch,
+                         const Problem& p, std::int64_t first_row, std::int64_t num_rows,
+                         const NextRows& next) {
+  // Sums, values and a broadcast in 32 or 16 registers.
+  constexpr std::int64_t kVectors = std::clamp<std::int64_t>(4 * kTileVectors / kRows, 1, 4);
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  const std::int64_t padded_dim = round_up(p.head_dim, kMaxLanes);
+  const std::int64_t live = std::min(kRows, num_rows - first_row);
+  const auto row_of = [&](std::int64_t r) { return first_row + std::min(r, live - 1); };
+  std::int64_t common = p.block_size;
+  const float* a[kRows];
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    a[r] = scratch.s + row_of(r) * p.block_size;
+    common = std::min<std::int64_t>(common, scratch.limit[row_of(r)]);
+  }
+  const auto strip = [&](auto vectors, std::int64_t vector) HWY_ATTR {
+    Sums<kRows, vectors> sums;
+    const T* const from = block + vector * n;
+    // Each strip asks for its share of the next rows.
+    PrefetchStream ahead(next, p.head_dim * static_cast<std::int64_t>(sizeof(T)), 0);
+    if (ahead.data != nullptr) {
+      ahead.data += vector * n * static_cast<std::int64_t>(sizeof(T)) * common;
+    }
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const float* const o = scratch.o + scratch.row[row_of(r)] * padded_dim + vector * n;
+      const auto correction = hn::Set(d, scratch.correction[row_of(r)]);
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        sums[r][v] = hn::Mul(hn::LoadU(d, o + v * n), correction);
+      }
+    }
+    multiply_values<kRows, vectors>(a, from, token_stride, common, ahead, sums);
+    PrefetchStream none({}, 0, 0);
+    for (std::int64_t r = 0; r < live; ++r) {
+      const std::int64_t rest = scratch.limit[row_of(r)] - common;
+      float* const o = scratch.o + scratch.row[row_of(r)] * padded_dim + vector * n;
+      const float* const tail[1] = {a[r] + common};
+      Sums<1, vectors> tail_sums;
+      for (std::int64_t v = 0; v < vectors; ++v) tail_sums[0][v] = sums[r][v];
+      multiply_values<1, vectors>(tail, from + common * token_stride, token_stride, rest, none,
+                                  tail_sums);
+      for (std::int64_t v = 0; v < vectors; ++v) hn::StoreU(tail_sums[0][v], d, o + v * n);
+    }
+  };
+  const std::int64_t num_vectors = p.head_dim / n;
+  std::int64_t vector = 0;
+  for (; vector + kVectors <= num_vectors; vector += kVectors) {
+    strip(Constant<kVectors>(), vector);
+  }
+  for (; vector < num_vectors; ++vector) strip(Constant<1>(), vector);
+}
+
+/// Calls visit(rows, first_row) for groups of rows, the first as a constant. The last group's rows
+/// may be more than are left. Groups of 16 take twice as long as two of 8: their sums and pointers
+/// do not fit the registers.
+template <class Visit>
+HWY_INLINE void for_each_few_rows(std::int64_t num_rows, Visit visit) {
+  constexpr std::int64_t kMost = 8;
+  for (std::int64_t row = 0; row < num_rows; row += kMost) {
+    const std::int64_t rest = num_rows - row;
+    if (rest <= 2) {
+      visit(Constant<2>(), row);
+    } else if (rest <= 4) {
+      visit(Constant<4>(), row);
+    } else {
+      visit(Constant<kMost>(), row);
+    }
+  }
+}
+
 core::BlockRows rows_of(const AttentionRequest& request, const TensorView& keys,
                         const QueryTile& tile, std::int64_t block) {
   if (block == kNoBlock) return {};
@@ -316,13 +435,29 @@ void attend_block(const AttentionRequest& request, const QueryTile& tile, std::i
   const core::BlockRows values = rows_of(request, request.v, tile, block);
   if (num_rows == 0 || keys.num_tokens == 0) return;  // a page id out of range
   const std::int64_t num_tokens = *std::max_element(scratch.limit, scratch.limit + num_rows);
+  const NextRows next_keys = next_rows(request.k, rows_of(request, request.k, tile, next));
+  if (num_rows <= kFewRows && p.head_dim % lanes() == 0) {
+    with_elements(request.k, keys.offset, [&](const auto* from) {
+      for_each_few_rows(num_rows, [&](auto count, std::int64_t row) {
+        score_few_rows<count>(from, keys.token_stride, scratch, p, row, num_rows, num_tokens,
+                              row == 0 ? next_rows(request.v, values) : NextRows{});
+      });
+    });
+    for (std::int64_t i = 0; i < num_rows; ++i) softmax_row(scratch, p, i);
+    with_elements(request.v, values.offset, [&](const auto* from) {
+      for_each_few_rows(num_rows, [&](auto count, std::int64_t row) {
+        accumulate_few_rows<count>(from, values.token_stride, scratch, p, row, num_rows,
+                                   row == 0 ? next_keys : NextRows{});
+      });
+    });
+    return;
+  }
   with_elements(request.k, keys.offset, [&](const auto* from) {
     pack_keys(from, keys.token_stride, num_tokens, p.head_dim, next_rows(request.v, values),
               scratch.pack, scratch.k_panel);
   });
   with_elements(request.v, values.offset, [&](const auto* from) {
-    pack_values(from, values.token_stride, num_tokens, p.head_dim,
-                next_rows(request.k, rows_of(request, request.k, tile, next)), scratch.v_panel);
+    pack_values(from, values.token_stride, num_tokens, p.head_dim, next_keys, scratch.v_panel);
   });
   score_rows(scratch, p, num_rows, num_tokens);
   for (std::int64_t i = 0; i < num_rows; ++i) softmax_row(scratch, p, i);

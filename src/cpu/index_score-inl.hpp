@@ -59,35 +59,6 @@ void block_maxima(const IndexRequest& request, const IndexTile& tile, std::int64
                 });
 }
 
-/// Tokens [first, first + kVectors * lanes) of a block times kRows rows of q: the same chain of
-/// multiply-adds per score as in a panel.
-template <std::int64_t kRows, std::int64_t kVectors, class T, class Stride>
-HWY_INLINE void multiply_tokens(const float* const (&q)[kRows], const T* const (&tokens)[kVectors],
-                                Stride stride, std::int64_t dim, PrefetchStream& ahead,
-                                Sums<kRows, kVectors>& sums) {
-  const FloatTag d;
-  const auto step = [&](std::int64_t k, std::int64_t count) HWY_ATTR {
-    ahead.advance(kVectors * lanes() * 16);
-    FloatVector columns[kVectors][kPieceDims<T>];
-#pragma GCC unroll 2
-    for (std::int64_t v = 0; v < kVectors; ++v) load_columns(tokens[v] + k, stride, columns[v]);
-#pragma GCC unroll 8
-    for (std::int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 8
-      for (std::int64_t r = 0; r < kRows; ++r) {
-        const auto factor = hn::Set(d, q[r][k + i]);
-#pragma GCC unroll 2
-        for (std::int64_t v = 0; v < kVectors; ++v) {
-          sums[r][v] = hn::MulAdd(factor, columns[v][i], sums[r][v]);
-        }
-      }
-    }
-  };
-  std::int64_t k = 0;
-  for (; k + kPieceDims<T> <= dim; k += kPieceDims<T>) step(k, kPieceDims<T>);
-  if (k < dim) step(k, dim - k);
-}
-
 /// block_maxima for at most kRows rows from first_row on, from the keys as they lie.
 template <std::int64_t kRows, class T>
 void few_rows_maxima(const T* block, std::int64_t token_stride, const IndexTile& tile,

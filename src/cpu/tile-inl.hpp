@@ -367,6 +367,58 @@ HWY_INLINE void multiply(const float* const* HWY_RESTRICT a, const float* HWY_RE
   }
 }
 
+/// kVectors * lanes tokens, where they lie, times kRows rows of q: the same chain of multiply-adds
+/// per score as in a panel. Packing a block pays for many rows only.
+template <std::int64_t kRows, std::int64_t kVectors, class T, class Stride>
+HWY_INLINE void multiply_tokens(const float* const (&q)[kRows], const T* const (&tokens)[kVectors],
+                                Stride stride, std::int64_t dim, PrefetchStream& ahead,
+                                Sums<kRows, kVectors>& sums) {
+  const FloatTag d;
+  const auto step = [&](std::int64_t k, std::int64_t count) HWY_ATTR {
+    ahead.advance(kVectors * lanes() * 16);
+    FloatVector columns[kVectors][kPieceDims<T>];
+#pragma GCC unroll 2
+    for (std::int64_t v = 0; v < kVectors; ++v) load_columns(tokens[v] + k, stride, columns[v]);
+#pragma GCC unroll 8
+    for (std::int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        const auto factor = hn::Set(d, q[r][k + i]);
+#pragma GCC unroll 2
+        for (std::int64_t v = 0; v < kVectors; ++v) {
+          sums[r][v] = hn::MulAdd(factor, columns[v][i], sums[r][v]);
+        }
+      }
+    }
+  };
+  std::int64_t k = 0;
+  for (; k + kPieceDims<T> <= dim; k += kPieceDims<T>) step(k, kPieceDims<T>);
+  if (k < dim) step(k, dim - k);
+}
+
+/// sums[r][v] += sum over i in [0, count) of a[r][i] * vector v of row i, where the rows lie.
+template <std::int64_t kRows, std::int64_t kVectors, class T>
+HWY_INLINE void multiply_values(const float* const (&a)[kRows], const T* rows, std::int64_t stride,
+                                std::int64_t count, PrefetchStream& ahead,
+                                Sums<kRows, kVectors>& sums) {
+  const FloatTag d;
+  const std::int64_t n = lanes();
+  for (std::int64_t i = 0; i < count; ++i, rows += stride) {
+    ahead.advance(kVectors * n * static_cast<std::int64_t>(sizeof(T)));
+    FloatVector b[kVectors];
+#pragma GCC unroll 8
+    for (std::int64_t v = 0; v < kVectors; ++v) b[v] = load_vector(rows + v * n);
+#pragma GCC unroll 16
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const auto factor = hn::Set(d, a[r][i]);
+#pragma GCC unroll 8
+      for (std::int64_t v = 0; v < kVectors; ++v) {
+        sums[r][v] = hn::MulAdd(factor, b[v], sums[r][v]);
+      }
+    }
+  }
+}
+
 template <std::int64_t kValue>
 using Constant = std::integral_constant<std::int64_t, kValue>;
 

@@ -210,7 +210,8 @@ TEST_P(MemoryOfRuns, IsWhatWasPlanned) {
   // layer here, and what malloc adds: 32 bytes or, for the 20 large ones, a page of 4 KiB each.
   const std::int64_t rest = (std::int64_t{16} << 10) * config.num_layers + 20 * 4096;
   const std::int64_t planned = plan.working.total();
-  EXPECT_GE(run, planned - 20 * measured.max_context / config.attention.block_size);
+  // Large buffers count as whole pages: what the first model had to spare of one, this may lack.
+  EXPECT_GE(run, planned - 4096 - 20 * measured.max_context / config.attention.block_size);
   EXPECT_LE(run, planned + rest);
   // A later call allocates nothing that stays, but the list of the cache's pages.
   EXPECT_LE(run - made, 16 * measured.max_context / config.attention.block_size + 4096);
