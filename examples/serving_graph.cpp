@@ -58,6 +58,7 @@ int main() {
   const std::int64_t requests[kRequests] = {pages.create(), pages.create()};
   pages.append(requests[0], 2100), pages.append(requests[1], 250);  // prompts, as if prefilled
 
+  check(cudaDeviceSynchronize());  // the tensors are filled
   cudaStream_t stream = nullptr;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t step = nullptr;
