@@ -253,7 +253,9 @@ class Loop {
             .block_size = static_cast<int>(block())};
   }
   Batch batch() const {
-    return {.cu_seqlens_q = cu_seqlens_q_,
+    // Equal counts need no offsets.
+    const bool ragged = std::ranges::count(shape_.counts, shape_.counts[0]) != shape_.batch_size();
+    return {.cu_seqlens_q = ragged ? TensorView(cu_seqlens_q_) : TensorView{},
             .page_table = page_table_,
             .seq_lens_k = seq_lens_k_,
             .max_seq_len_q = *std::max_element(shape_.counts.begin(), shape_.counts.end())};
