@@ -40,7 +40,7 @@ ALLOWED = {
 EXTERNAL = [
     (r"hwy/", ("src/cpu", "tests/cpu")),
     (r"cuda[A-Za-z0-9_]*\.h|cuda/|cooperative_groups|nv",
-     ("src/cuda", "tests/cuda", "tests/support", "bench")),
+     ("src/cuda", "tests/cuda", "tests/support", "bench", "examples")),
     (r"nlohmann/", ("src/model", "tools", "tests", "bench")),
     (r"CLI/", ("tools", "bench")),
     (r"pcre2\.h", ("src/model",)),

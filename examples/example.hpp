@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the longer examples share: memory for a tensor, stand-ins for a model's projections, and
-// plan() followed by run().
+// plan() with its workspace.
 #pragma once
 
 #include <algorithm>
@@ -58,15 +58,24 @@ inline float largest_difference(std::span<const float> a, std::span<const float>
   return worst;
 }
 
-/// Plans and runs. An engine keeps the plan and the workspace for every call of the same shapes.
+/// An operation that is planned once, with its workspace, and run for every call of the same
+/// shapes.
 template <class Args>
-void run(const Args& args) {
+struct Planned {
   struct alignas(64) Line {
     std::byte bytes[64];
   };
-  const auto plan = msa::plan(args);
-  std::vector<Line> workspace(plan.workspace_bytes() / sizeof(Line) + 1);
-  plan.run(args, std::as_writable_bytes(std::span(workspace)));
+  Args args;
+  msa::Plan<Args> plan = msa::plan(args);
+  std::vector<Line> workspace = std::vector<Line>(plan.workspace_bytes() / sizeof(Line) + 1);
+
+  void run() { plan.run(args, std::as_writable_bytes(std::span(workspace))); }
+};
+
+/// Plans and runs. An engine keeps what is planned.
+template <class Args>
+void run(const Args& args) {
+  Planned<Args>{args}.run();
 }
 
 /// What a model's projections give for some tokens; one head of keys and values.

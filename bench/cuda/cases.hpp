@@ -15,6 +15,7 @@ namespace msa::bench {
 /// An operation or a chain of them, planned, with its inputs in GPU memory.
 struct PreparedCase {
   std::function<void(cudaStream_t)> enqueue;
+  int repeats = 1;             ///< times that enqueue() does the work which the rest describes
   std::string implementation;  ///< "cuda_sm90", or two joined by " + "
   double flops = 0.0;          ///< necessary work, docs/benchmarking.md
   double e4m3_flops = 0.0;     ///< those of `flops` whose operands are e4m3

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// msa_bench_cuda: the operations on a GPU, as prefill runs them. A program of its own beside
-// `msa bench`: a GPU machine may have none of the libraries that msa is linked with.
+// msa_bench_cuda: the operations on a GPU, as prefill and decoding run them. A program of its own
+// beside `msa bench`: a GPU machine may have none of the libraries that msa is linked with.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +10,7 @@
 
 #include "bench/cuda/cases.hpp"
 #include "bench/cuda/ceilings.hpp"
+#include "bench/cuda/decode.hpp"
 #include "bench/cuda/timing.hpp"
 #include "cuda/common/device.hpp"
 #include "msa/backend.hpp"
@@ -89,7 +90,8 @@ Json row_of(const BenchCase& bench_case, const Options& options, const DeviceCei
   Json row = {{"case", bench_case.name}};
   try {
     const PreparedCase prepared = bench_case.prepare(options);
-    const Timing timing = time_on_device(prepared.enqueue, {.min_seconds = 0.2});
+    const Timing timing =
+        time_on_device(prepared.enqueue, {.min_seconds = 0.2, .repeats = prepared.repeats});
     const SelectionFacts selection =
         prepared.selection_after_run ? prepared.selection_after_run() : prepared.selection;
     const double tflops = prepared.flops / timing.median_ms * 1e-9;
@@ -136,9 +138,15 @@ void print(const Json& row) {
   std::fflush(stdout);
 }
 
+std::vector<BenchCase> all_cases() {
+  std::vector<BenchCase> cases = gpu_cases();
+  for (const BenchCase& decode : decode_cases()) cases.push_back(decode);
+  return cases;
+}
+
 int run(const Arguments& arguments) {
   if (arguments.list) {
-    for (const BenchCase& bench_case : gpu_cases()) std::printf("%s\n", bench_case.name.c_str());
+    for (const BenchCase& bench_case : all_cases()) std::printf("%s\n", bench_case.name.c_str());
     return 0;
   }
   std::string why_none;
@@ -161,7 +169,7 @@ int run(const Arguments& arguments) {
                    {"copy_tbytes_per_s", ceilings.copy_tbytes_per_s}}},
                  {"rows", Json::array()}};
   const Options options{.backend = arguments.backend.empty() ? nullptr : arguments.backend.c_str()};
-  for (const BenchCase& bench_case : gpu_cases()) {
+  for (const BenchCase& bench_case : all_cases()) {
     if (!arguments.filters.empty() && !contains_any(bench_case.name, arguments.filters)) continue;
     if (contains_any(bench_case.name, arguments.skipped)) continue;
     if (bench_case.num_tokens > arguments.max_tokens) continue;

@@ -68,7 +68,7 @@ Timing time_on_device(const std::function<void(cudaStream_t)>& work, const Timin
     MSA_CUDA_CHECK(cudaStreamSynchronize(handles.stream));
     float ms = 0.0f;
     MSA_CUDA_CHECK(cudaEventElapsedTime(&ms, handles.begin, handles.end));
-    times.push_back(static_cast<double>(ms));
+    times.push_back(static_cast<double>(ms) / options.repeats);
     if (std::ssize(times) > options.warm_up) total_ms += static_cast<double>(ms);
   }
   times.erase(times.begin(), times.begin() + options.warm_up);

@@ -19,6 +19,7 @@ struct TimingOptions {
   int min_runs = 5;
   double min_seconds = 0.0;  ///< more runs until this much was timed
   int warm_up = 2;
+  int repeats = 1;  ///< of the work within one replay; times are those of one
 };
 
 /// Captures what `work` puts on the stream as one CUDA graph, and times its replays between events.

@@ -125,6 +125,63 @@ std::vector<Case> special_values() {
   return cases;
 }
 
+/// A few query tokens per request: 1 to 16, or different numbers of them. Few rows, so that the
+/// reference, which judges one row for each head over all its keys, ends soon.
+std::vector<Case> decode_cases() {
+  std::vector<Lengths> many;
+  for (std::int64_t i = 0; i < 512; ++i) many.push_back({1, 1 + i * 37 % 600});
+  const std::vector<Lengths> mixed = {{1, 1},   {2, 2},  {16, 16}, {0, 0},    {0, 300}, {3, 129},
+                                      {5, 128}, {1, 77}, {7, 640}, {16, 900}, {1, 2177}};
+  return {
+      {.name = "m3_decode_batch_512",
+       .problem = m3(16, 1),
+       .sequences = many,
+       .keys = Keys::paged,
+       .give_offsets = false},
+      {.name = "m3_decode_one_request",
+       .problem = m3(),
+       .sequences = {{1, 9001}},
+       .keys = Keys::paged,
+       .give_offsets = false,
+       .row_gap = 0},
+      {.name = "m3_decode_mixed",
+       .problem = m3(32, 2),
+       .sequences = mixed,
+       .keys = Keys::paged,
+       .index_codes = true},
+      {.name = "m3_decode_4_shared_pages",
+       .problem = m3(32, 2),
+       .sequences = {{4, 2300}, {4, 900}, {4, 131}},
+       .keys = Keys::shared_pages,
+       .index_codes = true,
+       .give_offsets = false},
+      {.name = "m3_decode_16",
+       .problem = m3(16, 1),
+       .sequences = {{16, 2049}, {16, 17}, {16, 2177}},
+       .keys = Keys::paged,
+       .selection = Selection::any_order,
+       .give_offsets = false},
+      {.name = "m3_decode_missing_pages",
+       .problem = m3(32, 2),
+       .sequences = {{1, 2100}, {3, 800}, {4, 2400}},
+       .keys = Keys::missing_pages,
+       .index_codes = true},
+      {.name = "m3_decode_nans",
+       .problem = m3(32, 2),
+       .sequences = {{1, 2600}, {4, 700}},
+       .keys = Keys::paged,
+       .values = Values::nans,
+       .selection = Selection::scattered,
+       .index_codes = true},
+      {.name = "m3_decode_ties",
+       .problem = m3(32, 2),
+       .sequences = {{1, 2700}, {4, 2500}},
+       .keys = Keys::paged,
+       .values = Values::ties,
+       .index_codes = true},
+  };
+}
+
 /// Every value of each parameter, not every combination.
 std::vector<Case> shapes() {
   std::vector<Case> cases;
@@ -208,7 +265,7 @@ std::vector<Case> scaled_cases() {
 
 std::vector<Case> large_cases() {
   std::vector<Case> cases = m3_cases();
-  for (const std::vector<Case>& more : {special_values(), shapes()}) {
+  for (const std::vector<Case>& more : {special_values(), shapes(), decode_cases()}) {
     cases.insert(cases.end(), more.begin(), more.end());
   }
   std::vector<Case> all;
