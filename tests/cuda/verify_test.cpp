@@ -43,7 +43,7 @@ bool must_take(const std::string& backend, const std::string& operation, const C
     return false;
   }
   if (backend == "cuda_generic") return true;
-  if (spec.fp8 != Fp8::none && operation == "SparseAttentionForward") return false;
+  if (backend == "cuda_sm90_kv_outer" && spec.fp8 != Fp8::none) return false;
   const bool prefill =
       (operation == "Indexer" && backend == "cuda_sm90") || operation == "SparseAttentionForward";
   return prefill && is_tile(p.block_size) && p.top_k >= 4 && p.top_k <= 64 &&

@@ -31,14 +31,25 @@ struct AttentionTensors {
   int group_size;
   int head_dim;
   int top_k;
-  float scale_log2;  ///< softmax scale * log2(e)
+  float scale_log2;      ///< softmax scale * log2(e)
+  const float* k_scale;  ///< of KV heads, or null: what elements are multiplied by
+  const float* v_scale;
+  std::int64_t k_scale_stride, v_scale_stride;
+
+  __device__ __forceinline__ float score_scale(int kv_head) const {
+    return k_scale == nullptr ? scale_log2 : scale_log2 * k_scale[kv_head * k_scale_stride];
+  }
+  __device__ __forceinline__ float value_scale(int kv_head) const {
+    return v_scale == nullptr ? 1.0f : v_scale[kv_head * v_scale_stride];
+  }
 
   __device__ __forceinline__ const std::int32_t* ids_of(int kv_head, std::int64_t token) const {
     return block_ids + kv_head * ids_head_stride + token * ids_token_stride;
   }
 };
 
-template <class T>
+/// Queries and outputs of T, keys and values of Key.
+template <class T, class Key = T>
 __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64_t row, int kv_head,
                                            int in_group) {
   constexpr int kMaxShare = 4;  // elements of a row of at most 128 that a lane owns
@@ -49,6 +60,8 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
   const int block_size = g.batch.block_size;
   const T* const q = static_cast<const T*>(g.q) + row * g.q_token_stride + head * g.q_head_stride;
   const std::int32_t* const ids = g.ids_of(kv_head, row);
+  const float score_scale = g.score_scale(kv_head);
+  const float value_scale = g.value_scale(kv_head);
   float m = -INFINITY;
   float l = 0.0f;
   float o[kMaxShare] = {};
@@ -64,21 +77,21 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
       token = 0;
       if (page < 0) continue;
     }
-    const T* const k = static_cast<const T*>(g.k) + page * g.k_page_stride +
-                       kv_head * g.k_head_stride + token * g.k_token_stride;
-    const T* const v = static_cast<const T*>(g.v) + page * g.v_page_stride +
-                       kv_head * g.v_head_stride + token * g.v_token_stride;
+    const Key* const k = static_cast<const Key*>(g.k) + page * g.k_page_stride +
+                         kv_head * g.k_head_stride + token * g.k_token_stride;
+    const Key* const v = static_cast<const Key*>(g.v) + page * g.v_page_stride +
+                         kv_head * g.v_head_stride + token * g.v_token_stride;
 #pragma unroll 1
     for (int start = 0; start < block_size && first + start <= position; start += 32) {
       float s = -INFINITY;
       if (first + start + lane <= position) {
-        const T* const key = k + (start + lane) * g.k_token_stride;
+        const Key* const key = k + (start + lane) * g.k_token_stride;
         float dot = 0.0f;
 #pragma unroll 1
         for (int d = 0; d < g.head_dim; ++d) {
           dot = fmaf(static_cast<float>(q[d]), static_cast<float>(key[d]), dot);
         }
-        s = dot * g.scale_log2;
+        s = dot * score_scale;
       }
       float top = s;
       for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -111,7 +124,7 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
 #pragma unroll
   for (int e = 0; e < kMaxShare; ++e) {
     const int d = lane + 32 * e;
-    if (d < g.head_dim) out[d] = static_cast<T>(l == 0.0f ? 0.0f : o[e] / l);
+    if (d < g.head_dim) out[d] = static_cast<T>(l == 0.0f ? 0.0f : o[e] / l * value_scale);
   }
   if (g.lse != nullptr && lane == 0) {
     constexpr float kLn2 = 0.693147180559945309f;
