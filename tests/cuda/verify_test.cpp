@@ -154,7 +154,7 @@ class GpuFp8 : public ::testing::TestWithParam<Case> {};
 TEST_P(GpuFp8, MatchesTheReference) {
   Effort effort = repeated();
   effort.num_runs = std::min(effort.num_runs, 4);
-  effort.max_rows = 32;
+  effort.max_rows = 16;
   verify_case(GetParam(), effort);
 }
 INSTANTIATE_TEST_SUITE_P(Table, GpuFp8, ::testing::ValuesIn(fp8_cases()),

@@ -389,6 +389,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("q", q);
   visit("k", k);
   visit("v", v);
+  visit("k_scale", k_scale);
+  visit("v_scale", v_scale);
   visit("index_q", index_q);
   visit("index_k", index_k);
   visit("index_k_codes", index_k_codes);

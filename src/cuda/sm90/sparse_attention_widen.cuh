@@ -10,6 +10,7 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/ptx/barrier.cuh"
 #include "cuda/common/ptx/tma.cuh"
@@ -36,7 +37,8 @@ inline __device__ void init_raw_barriers(WidenShared& raw) {
   }
 }
 
-/// Four e4m3 elements in order; NaN must be NaN.
+/// Four e4m3 elements in order. In bf16 NaN becomes 480, beyond the largest number of e4m3: see
+/// nan_bits().
 template <class T>
 __device__ __forceinline__ uint2 widen4(std::uint32_t four);
 
@@ -51,8 +53,7 @@ __device__ __forceinline__ uint2 widen4<__half>(std::uint32_t four) {
 }
 
 /// bf16 has the same fields four bits further down, and an exponent whose bias is larger by 120;
-/// the product is exact for subnormal numbers too. NaN has no exponent of its own in e4m3: it comes
-/// out as 480, beyond the largest number, and is put right where there is one.
+/// the product is exact for subnormal numbers too.
 template <>
 __device__ __forceinline__ uint2 widen4<__nv_bfloat16>(std::uint32_t four) {
   const auto two = [](std::uint32_t high_bytes) {
@@ -62,16 +63,14 @@ __device__ __forceinline__ uint2 widen4<__nv_bfloat16>(std::uint32_t four) {
                                            reinterpret_cast<const __nv_bfloat162&>(kTwoTo120));
     return reinterpret_cast<const std::uint32_t&>(product);
   };
-  uint2 wide{two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
-  if ((((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {
-    const auto put_right = [](std::uint32_t pair) {
-      if ((pair & 0x7fffu) == 0x43f0u) pair |= 0x7fffu;
-      if ((pair & 0x7fff0000u) == 0x43f00000u) pair |= 0x7fff0000u;
-      return pair;
-    };
-    wide = {put_right(wide.x), put_right(wide.y)};
-  }
-  return wide;
+  return {two(__byte_perm(four, 0, 0x1404)), two(__byte_perm(four, 0, 0x3424))};
+}
+
+/// The upper bits of bytes that are NaN; widen4() to f16 needs no help.
+template <class T>
+__device__ __forceinline__ std::uint32_t nan_bits(std::uint32_t four) {
+  if constexpr (std::is_same_v<T, __half>) return 0;
+  return ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
 }
 
 /// By a warpgroup: rows of 128 bytes, swizzled, to panels of 64 elements, swizzled alike. A thread
@@ -81,6 +80,8 @@ template <class T, int kDim, int kBlock>
 __device__ __forceinline__ void widen_tile(const std::uint8_t* raw, std::uint8_t* wide) {
   constexpr int kLanes = kDim / 16;  // of a row
   constexpr int kRows = kWidenThreads / kLanes;
+  constexpr int kPasses = kBlock / kRows;
+  constexpr int kPassBytes = kRows * static_cast<int>(kPanelBytes);
   const int thread = static_cast<int>(threadIdx.x) % kWidenThreads;
   const int chunk = thread % kLanes;
   const int row = thread / kLanes;
@@ -89,18 +90,39 @@ __device__ __forceinline__ void widen_tile(const std::uint8_t* raw, std::uint8_t
   const int first = 2 * (chunk % 4) + (swap ? 1 : 0);
   const std::uint8_t* const from = raw + row * kPanelBytes + ((chunk ^ twist) << 4);
   std::uint8_t* const to = wide + chunk / 4 * kBlock * kPanelBytes + row * kPanelBytes;
-  const int first_at = (first ^ twist) << 4;
-  const int second_at = (first ^ 1 ^ twist) << 4;
-#pragma unroll 2
-  for (int i = 0; i < kBlock / kRows; ++i) {
-    const uint4 bytes = *reinterpret_cast<const uint4*>(from + i * kRows * kPanelBytes);
-    const auto store = [&](int at, std::uint32_t low, std::uint32_t high) {
-      const uint2 a = widen4<T>(low);
-      const uint2 b = widen4<T>(high);
-      *reinterpret_cast<uint4*>(to + i * kRows * kPanelBytes + at) = uint4{a.x, a.y, b.x, b.y};
-    };
-    store(first_at, swap ? bytes.z : bytes.x, swap ? bytes.w : bytes.y);
-    store(second_at, swap ? bytes.x : bytes.z, swap ? bytes.y : bytes.w);
+  std::uint8_t* const to_first = to + ((first ^ twist) << 4);
+  std::uint8_t* const to_second = to + ((first ^ 1 ^ twist) << 4);
+  constexpr int kAtOnce = kPasses < 4 ? kPasses : 4;  // a warp hides its own latencies
+  std::uint32_t nans = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; pass += kAtOnce) {
+    uint4 bytes[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      bytes[i] = *reinterpret_cast<const uint4*>(from + (pass + i) * kPassBytes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint4 b = bytes[i];
+      const int at = (pass + i) * kPassBytes;
+      nans |= nan_bits<T>(b.x) | nan_bits<T>(b.y) | nan_bits<T>(b.z) | nan_bits<T>(b.w);
+      const auto store = [&](std::uint8_t* target, std::uint32_t low, std::uint32_t high) {
+        const uint2 l = widen4<T>(low);
+        const uint2 h = widen4<T>(high);
+        *reinterpret_cast<uint4*>(target + at) = uint4{l.x, l.y, h.x, h.y};
+      };
+      store(to_first, swap ? b.z : b.x, swap ? b.w : b.y);
+      store(to_second, swap ? b.x : b.z, swap ? b.y : b.w);
+    }
+  }
+  if (nans == 0) return;
+  // What came out as 480 was NaN.
+#pragma unroll 1
+  for (int word = 0; word < kPasses * 8; ++word) {
+    std::uint8_t* const target = (word % 8 < 4 ? to_first : to_second) + word / 8 * kPassBytes;
+    std::uint32_t& pair = reinterpret_cast<std::uint32_t*>(target)[word % 4];
+    if ((pair & 0x7fffu) == 0x43f0u) pair |= 0x7fffu;
+    if ((pair & 0x7fff0000u) == 0x43f00000u) pair |= 0x7fff0000u;
   }
 }
 
