@@ -34,6 +34,10 @@ const char* name_of(Values values) {
       return "nans";
     case Values::large:
       return "large";
+    case Values::largest:
+      return "largest";
+    case Values::coarse:
+      return "coarse";
   }
   return "?";
 }

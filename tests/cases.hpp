@@ -35,6 +35,10 @@ enum class Values {
   infinities,  ///< Normal, a few infinite elements.
   nans,        ///< Normal, a few NaN elements in tokens and queries that are attended.
   large,       ///< q and index_q 1e20 times normal (6e3 in f16): the softmax is one-hot.
+  largest,     ///< v within a tenth of the largest finite number, half of its columns positive.
+  /// f16: q and k 1.3e4 times normal, so that base-2 scores reach 2^29 and f32 rounds them by
+  /// tens; v as in `largest`. Other types: as `largest`.
+  coarse,
 };
 
 /// Where the block ids of the attention operations come from.

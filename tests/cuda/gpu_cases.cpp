@@ -148,6 +148,32 @@ std::vector<Case> shapes() {
   return cases;
 }
 
+/// Values at the ends of their types, where a kernel's sums or weights pass the end though the
+/// result does not. Not for the CPU backend, which is not judged by these.
+std::vector<Case> extreme_cases() {
+  std::vector<Case> cases;
+  std::uint32_t seed = 31;
+  const auto add = [&](Case spec, Values values, const char* name) {
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+      if (values == Values::coarse && dtype != DType::f16) continue;
+      spec.name = core::concat(name, "_", spec.problem.head_dim, "_", spec.problem.block_size, "_",
+                               msa::name_of(dtype));
+      spec.dtype = dtype;
+      spec.values = values;
+      spec.row_gap = kAlignedGap;
+      spec.seed = seed++;
+      cases.push_back(spec);
+    }
+  };
+  for (const auto& [values, name] :
+       {std::pair{Values::largest, "largest"}, {Values::coarse, "coarse"}}) {
+    add({.problem = shape(16, 128, 128, 4), .sequences = {{9, 700}, {20, 20}}}, values, name);
+    add({.problem = shape(4, 64, 64, 4), .sequences = {{40, 500}}, .keys = Keys::paged}, values,
+        name);
+  }
+  return cases;
+}
+
 void finish(std::vector<Case>& cases, DType dtype, std::vector<Case>& all) {
   std::uint32_t seed = 101;
   for (Case geometry : cases) {
@@ -197,6 +223,8 @@ std::vector<Case> scaled_cases() {
     spec.name = core::concat("scaled_", spec.name);
     cases.push_back(spec);
   }
+  const std::vector<Case> more = extreme_cases();
+  cases.insert(cases.end(), more.begin(), more.end());
   return cases;
 }
 

@@ -34,12 +34,14 @@ __global__ void load_kernel(const __grid_constant__ CUtensorMap map, Place at, s
     ptx::prefetch_tensor_map(&map);
     ptx::mbarrier_init(address, 1);
     ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
     ptx::mbarrier_expect_tx(address, kBoxBytes);
     if (at.rank == 2) ptx::tma_load_2d(to, &map, at.x, at.y, address);
     if (at.rank == 3) ptx::tma_load_3d(to, &map, at.x, at.y, at.z, address);
     if (at.rank == 4) ptx::tma_load_4d(to, &map, at.x, at.y, at.z, at.w, address);
   }
-  __syncthreads();
   ptx::mbarrier_wait(address, 0);
   for (int i = static_cast<int>(threadIdx.x); i < kBoxBytes; i += 32) out[i] = smem[i];
 }
@@ -126,8 +128,9 @@ __global__ void multicast_kernel(const __grid_constant__ CUtensorMap map, std::u
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(address, 1);
     ptx::fence_mbarrier_init();
-    ptx::mbarrier_expect_tx(address, kBoxBytes);
   }
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::mbarrier_expect_tx(address, kBoxBytes);
   ptx::cluster_arrive();
   ptx::cluster_wait();
   if (threadIdx.x == 0 && ptx::cluster_cta_rank() == 0) {
@@ -196,10 +199,12 @@ __global__ void bulk_kernel(const int* from, int* to, int count) {
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(address, 1);
     ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
     ptx::mbarrier_expect_tx(address, bytes);
     ptx::bulk_load(ptx::smem_address(smem), from, bytes, address);
   }
-  __syncthreads();
   ptx::mbarrier_wait(address, 0);
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 32) values[i] *= 2;
   ptx::fence_proxy_async();

@@ -170,5 +170,39 @@ TEST_P(GpuCluster, MatchesTheReference) {
 INSTANTIATE_TEST_SUITE_P(Table, GpuCluster, ::testing::ValuesIn(cluster_cases()),
                          [](const auto& test) { return test.param.name; });
 
+/// TMA reads from multiples of 16 bytes only: sm_90's rows decline others, and the generic one
+/// takes them.
+TEST(GpuAlignment, TensorsThatStartAnywhereGoToTheGenericKernels) {
+  ASSERT_EQ(why_no_device(), "");
+  const auto one = [](GuardedTensor Inputs::* tensor, const auto& request, const char* row) {
+    using Args = std::decay_t<decltype(request)>;
+    Inputs inputs(Case{.problem = {.num_q_heads = 32, .num_kv_heads = 2, .top_k = 4},
+                       .dtype = DType::bf16,
+                       .sequences = {{9, 700}},
+                       .row_gap = 8});
+    inputs.*tensor = (inputs.*tensor).shifted(1);
+    const Outcome declined = verify<Args>(inputs, row, {.num_runs = 1});
+    EXPECT_EQ(declined.status, Outcome::Status::declined);
+    EXPECT_NE(declined.detail.find("not a multiple of 16 bytes"), std::string::npos)
+        << declined.detail;
+    const Outcome taken = verify<Args>(inputs, "cuda_generic", {.num_runs = 1});
+    EXPECT_EQ(taken.status, Outcome::Status::passed) << taken.detail;
+    Args args = inputs.args<Args>();
+    const Outputs outputs(inputs, args);
+    core::for_each_tensor(args, [](const char*, const TensorView& view, core::Use) {
+      const_cast<TensorView&>(view).device = {DeviceType::cuda, 0};
+    });
+    EXPECT_STREQ(msa::plan(args).implementation(), "cuda_generic");
+  };
+  for (const auto tensor : {&Inputs::q, &Inputs::k, &Inputs::v}) {
+    one(tensor, SparseAttentionForward{}, "cuda_sm90");
+    one(tensor, SparseAttentionForward{}, "cuda_sm90_kv_outer");
+  }
+  for (const auto tensor : {&Inputs::index_q, &Inputs::index_k}) {
+    one(tensor, Indexer{}, "cuda_sm90");
+    one(tensor, IndexerScores{}, "cuda_sm90");
+  }
+}
+
 }  // namespace
 }  // namespace msa::testing

@@ -62,15 +62,31 @@ GuardedTensor GuardedTensor::clone() const {
   copy.fill_ = fill_;
   copy.buffer_ = core::HostBuffer(buffer_.size());
   if (buffer_.size() != 0) std::memcpy(copy.buffer_.data(), buffer_.data(), buffer_.size());
-  copy.view_.data = copy.buffer_.data() + kGuardBytes;
+  copy.view_.data = copy.buffer_.data() + lead();
   return copy;
+}
+
+GuardedTensor GuardedTensor::shifted(std::size_t elements) const {
+  const std::size_t bytes = elements * size_of(view_.dtype);
+  GuardedTensor copy;
+  copy.view_ = view_;
+  copy.fill_ = fill_;
+  copy.buffer_ = core::HostBuffer(buffer_.size() + bytes);
+  std::memset(copy.buffer_.data(), static_cast<int>(fill_), bytes);
+  std::memcpy(copy.buffer_.data() + bytes, buffer_.data(), buffer_.size());
+  copy.view_.data = copy.buffer_.data() + lead() + bytes;
+  copy.seal();
+  return copy;
+}
+
+std::size_t GuardedTensor::lead() const {
+  return static_cast<std::size_t>(static_cast<const std::byte*>(view_.data) - buffer_.data());
 }
 
 void GuardedTensor::seal() { sealed_.assign(buffer_.data(), buffer_.data() + buffer_.size()); }
 
 std::string GuardedTensor::describe(std::size_t byte) const {
-  return core::concat("byte ",
-                      static_cast<std::int64_t>(byte) - static_cast<std::int64_t>(kGuardBytes),
+  return core::concat("byte ", static_cast<std::int64_t>(byte) - static_cast<std::int64_t>(lead()),
                       " (from element 0) of a ", name_of(view_.dtype), core::shape_text(view_));
 }
 
@@ -86,7 +102,7 @@ std::string GuardedTensor::damaged() const {
   std::vector<bool> element(buffer_.size(), false);
   for_each_index(view_, [&](const auto& indices) {
     const std::size_t first =
-        kGuardBytes + static_cast<std::size_t>(offset_at(view_, indices)) * size_of(view_.dtype);
+        lead() + static_cast<std::size_t>(offset_at(view_, indices)) * size_of(view_.dtype);
     for (std::size_t i = 0; i < size_of(view_.dtype); ++i) element[first + i] = true;
   });
   for (std::size_t byte = 0; byte < buffer_.size(); ++byte) {

@@ -31,6 +31,8 @@ class GuardedTensor {
 
   /// The same bytes at another address.
   GuardedTensor clone() const;
+  /// The same elements, all of them `elements` behind a multiple of the alignment they had.
+  GuardedTensor shifted(std::size_t elements) const;
   /// From now on changed() compares with what is here.
   void seal();
   /// "" or what differs from the sealed bytes anywhere. For inputs.
@@ -41,6 +43,8 @@ class GuardedTensor {
   std::string difference(const GuardedTensor& other) const;
 
  private:
+  /// Bytes before element 0.
+  std::size_t lead() const;
   std::string describe(std::size_t byte) const;
 
   TensorView view_{};

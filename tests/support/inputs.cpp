@@ -144,6 +144,10 @@ void Inputs::make_batch() {
 }
 
 double Inputs::value(double scale) {
+  // Normal numbers end at 6.7 here, f16 at 65,504.
+  if (scale > 1.0 && spec.values == Values::coarse) {
+    return std::clamp(scale * normal(random_), -6e4, 6e4);
+  }
   switch (spec.values) {
     case Values::ties:
       return static_cast<double>(below(random_, 3) - 1);
@@ -162,9 +166,9 @@ GuardedTensor Inputs::filled(DType dtype, const std::vector<std::int64_t>& shape
   return tensor;
 }
 
-GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim) {
+GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim, double scale) {
   const DType dtype = key_dtype();
-  if (spec.keys == Keys::ragged) return filled(dtype, {total_k, heads, dim});
+  if (spec.keys == Keys::ragged) return filled(dtype, {total_k, heads, dim}, scale);
   const std::int64_t block_size = spec.problem.block_size;
   GuardedTensor tensor(dtype, {num_pages_, heads, block_size, dim}, gap_of(dtype),
                        GuardedTensor::kPoison);
@@ -174,7 +178,7 @@ GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim) {
       if (page < 0 || page >= num_pages_) continue;
       for (std::int64_t head = 0; head < heads; ++head) {
         for (std::int64_t d = 0; d < dim; ++d) {
-          core::store(tensor.view(), value(1.0), page, head, j % block_size, d);
+          core::store(tensor.view(), value(scale), page, head, j % block_size, d);
         }
       }
     }
@@ -184,9 +188,30 @@ GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim) {
 
 void Inputs::make_keys() {
   const Problem& p = spec.problem;
-  k = keys_tensor(p.num_kv_heads, p.head_dim);
-  v = keys_tensor(p.num_kv_heads, p.head_dim);
-  index_k = keys_tensor(1, p.index_dim);
+  k = keys_tensor(p.num_kv_heads, p.head_dim, coarse_scale());
+  v = keys_tensor(p.num_kv_heads, p.head_dim, 1.0);
+  index_k = keys_tensor(1, p.index_dim, 1.0);
+  if (spec.values == Values::largest || spec.values == Values::coarse) make_largest_values();
+}
+
+/// Of q and k.
+double Inputs::coarse_scale() const {
+  return spec.values == Values::coarse && spec.dtype == DType::f16 ? 1.3e4 : 1.0;
+}
+
+/// Normal numbers x become sign(x) (1 - |x| / 70) of the largest; even columns all positive, so
+/// that their sums are as large as they can be.
+void Inputs::make_largest_values() {
+  double most = std::numeric_limits<float>::max();
+  if (spec.dtype == DType::bf16) most = 0x1.fep127;
+  if (spec.dtype == DType::f16) most = 65504.0;
+  for_each_index(v, [&](const auto& indices) {
+    std::byte* const at = core::address_at(v.view(), offset_at(v, indices));
+    const double x = core::load_element(at, spec.dtype);
+    if (std::isnan(x)) return;  // of a token that no sequence has
+    const bool positive = indices[static_cast<std::size_t>(v.view().rank - 1)] % 2 == 0 || x > 0.0;
+    core::store_element(at, spec.dtype, (positive ? most : -most) * (1.0 - std::fabs(x) / 70.0));
+  });
 }
 
 /// Codes of every key that a sequence has; NaN scales and errors elsewhere.
@@ -217,7 +242,7 @@ void Inputs::make_queries() {
   const Problem& p = spec.problem;
   double scale = 1.0;
   if (spec.values == Values::large) scale = spec.dtype == DType::f16 ? 6e3 : 1e20;
-  q = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, scale);
+  q = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, std::max(scale, coarse_scale()));
   index_q = filled(key_dtype(), {total_q, p.num_kv_heads, p.index_dim}, scale);
   if (!is_large()) dout = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim});
   if (supports<AppendKv>()) {

@@ -62,6 +62,7 @@ class Inputs {
   void make_index_codes();
   void make_queries();
   void plant_special_values();
+  void make_largest_values();
   void make_block_scores();
   void make_block_ids();
   void make_forward_results();
@@ -71,7 +72,8 @@ class Inputs {
   DType key_dtype() const { return spec.fp8 == Fp8::none ? spec.dtype : DType::e4m3; }
   /// Elements behind each row: as many bytes in e4m3 as in 16 bits.
   int gap_of(DType dtype) const { return dtype == DType::e4m3 ? 2 * spec.row_gap : spec.row_gap; }
-  GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim);
+  GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim, double scale);
+  double coarse_scale() const;
   double value(double scale);
   template <class Visit>
   void for_each_tensor(Visit visit);

@@ -53,6 +53,19 @@ TEST(GuardedTensor, FindsEveryWriteOutsideItsElements) {
   }
 }
 
+TEST(GuardedTensor, ShiftedElementsLieOffTheAlignment) {
+  GuardedTensor tensor(DType::bf16, {2, 3}, 1, GuardedTensor::kSentinel);
+  set_values(tensor, {1, 2, 3, 4, 5, 6});
+  GuardedTensor shifted = tensor.shifted(1);
+  EXPECT_EQ(values_of(shifted), values_of(tensor));
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(shifted.view().data) % 64, 2u);
+  EXPECT_EQ(shifted.damaged(), "");
+  EXPECT_EQ(shifted.changed(), "");
+  EXPECT_EQ(values_of(shifted.clone()), values_of(tensor));
+  static_cast<std::byte*>(shifted.view().data)[-1] ^= std::byte{1};
+  EXPECT_NE(shifted.damaged(), "");
+}
+
 TEST(GuardedTensor, PoisonIsNanAndChangesAreFound) {
   for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16, DType::e4m3}) {
     GuardedTensor tensor(dtype, {2}, 1, GuardedTensor::kPoison);

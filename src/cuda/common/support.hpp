@@ -48,10 +48,13 @@ std::optional<std::string> declines_device(const Args& args, int minimum, bool e
   return reason;
 }
 
-/// "" or why TMA can't read `view`: strides must be multiples of 16 bytes. (The address is known
-/// only in run(), where cuTensorMapEncodeTiled refuses it.)
+/// Why TMA can't read `view`: its address and strides must be multiples of 16 bytes. A plan made
+/// before there is memory (null) is one for aligned addresses; run() throws where it gets another.
 inline std::optional<std::string> declines_tma(const char* name, const TensorView& view) {
   const auto size = static_cast<std::int64_t>(size_of(view.dtype));
+  if (reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) {
+    return core::concat(name, " starts at ", view.data, ", not a multiple of 16 bytes");
+  }
   for (int axis = 0; axis + 1 < view.rank; ++axis) {
     const auto i = static_cast<std::size_t>(axis);
     if (view.shape[i] > 1 && view.stride[i] * size % 16 != 0) {

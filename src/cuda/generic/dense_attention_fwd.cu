@@ -116,9 +116,9 @@ __device__ __forceinline__ void attend_tokens(const AttentionParams& g,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int d = 8 * j + lane % 4 * 2 + i;
-        const float o = rows.o[j][2 * h + i] * factor;
-        not_finite = fmaf(o, 0.0f, not_finite);
-        if (live && d < g.head_dim) out[d] = static_cast<T>(o);
+        const T o = static_cast<T>(rows.o[j][2 * h + i] * factor);
+        not_finite = fmaf(static_cast<float>(o), 0.0f, not_finite);
+        if (live && d < g.head_dim) out[d] = o;
       }
     }
     if (live && lane % 4 == 0) g.store_lse(token, head, natural_lse(rows.m[h], l));

@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
       float o = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) o += weight[w] * all_o[(w * kRows + r) * kDim + d];
-      o *= factor;
-      not_finite = fmaf(o, 0.0f, not_finite);
-      out[d] = static_cast<T>(o);
+      const T rounded = static_cast<T>(o * factor);
+      not_finite = fmaf(static_cast<float>(rounded), 0.0f, not_finite);
+      out[d] = rounded;
     }
     if (lane == 0) g.store_lse(row, head0 + r, natural_lse(m, l));
     if (__any_sync(~0u, !(not_finite == 0.0f) || is_huge(m))) exact_row<T>(g, row, head0 + r);

@@ -2,10 +2,15 @@
 //
 // One row of SparseAttentionForward by one warp on CUDA cores, touching only what the row attends:
 // the way out for rows that a tensor-core kernel reports as not finite, because 0 * NaN of a
-// neighbour's key is NaN. Slow and rare; its result is the contract's for any input.
+// neighbour's key is NaN, or whose sums overflow although its result does not. In double precision:
+// slow and rare; its result is the contract's for any input.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/batch.cuh"
 #include "cuda/common/ptx/math.cuh"
@@ -48,6 +53,19 @@ struct AttentionTensors {
   }
 };
 
+/// Rows whose largest score (base 2) is beyond this are computed again. The kernels' weights are
+/// 2^(s scale - m), where the product is not rounded and m, a rounded product, is up to half an ulp
+/// from it. All of a row have that factor and it cancels, as long as it takes them nowhere out of
+/// the range of 16 bits: below 2^24 it is within 2^-1/2 .. 2^1/2, so that weights of at most 2^8
+/// stay below 2^9 (f16 ends at 2^16) and small ones lose no more than half a bit of f16's 2^-24.
+/// At 2^30 it would be 2^-32 .. 2^32: infinite, or a row of zeros.
+inline constexpr float kHugeScore = 0x1p24f;
+
+/// The largest finite number. Rounded weights may take an average of values past the largest of
+/// them by up to 2^-8 of it, and so past what T holds; such rows are computed again, too.
+template <class T>
+inline constexpr float kLargest = std::is_same_v<T, __half> ? 65504.0f : 0x1.fep127f;
+
 /// Queries and outputs of T, keys and values of Key.
 template <class T, class Key = T>
 __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64_t row, int kv_head,
@@ -60,11 +78,11 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
   const int block_size = g.batch.block_size;
   const T* const q = static_cast<const T*>(g.q) + row * g.q_token_stride + head * g.q_head_stride;
   const std::int32_t* const ids = g.ids_of(kv_head, row);
-  const float score_scale = g.score_scale(kv_head);
-  const float value_scale = g.value_scale(kv_head);
-  float m = -INFINITY;
-  float l = 0.0f;
-  float o[kMaxShare] = {};
+  const double scale = g.score_scale(kv_head);
+  const double value_scale = g.value_scale(kv_head);
+  double m = -INFINITY;
+  double l = 0.0;
+  double o[kMaxShare] = {};
 #pragma unroll 1
   for (int slot = 0; slot < g.top_k; ++slot) {
     const std::int64_t block = ids[slot];
@@ -83,38 +101,40 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
                          kv_head * g.v_head_stride + token * g.v_token_stride;
 #pragma unroll 1
     for (int start = 0; start < block_size && first + start <= position; start += 32) {
-      float s = -INFINITY;
+      double s = -INFINITY;
       if (first + start + lane <= position) {
         const Key* const key = k + (start + lane) * g.k_token_stride;
-        float dot = 0.0f;
+        double dot = 0.0;
 #pragma unroll 1
         for (int d = 0; d < g.head_dim; ++d) {
-          dot = fmaf(static_cast<float>(q[d]), static_cast<float>(key[d]), dot);
+          dot = fma(static_cast<double>(static_cast<float>(q[d])),
+                    static_cast<double>(static_cast<float>(key[d])), dot);
         }
-        s = dot * score_scale;
+        s = dot * scale;
       }
-      float top = s;
+      double top = s;
       for (int lanes = 16; lanes > 0; lanes /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+        top = fmax(top, __shfl_xor_sync(~0u, top, lanes));
       }
-      const float now = fmaxf(m, top);
-      const float alpha = m == now ? 1.0f : ptx::ex2(m - now);
+      const double now = fmax(m, top);
+      const double alpha = m == now ? 1.0 : ptx::ex2(static_cast<float>(m - now));
       m = now;
-      const float p = s == -INFINITY ? 0.0f : ptx::ex2(s - m);
-      float sum = p;
+      const float p = s == -INFINITY ? 0.0f : ptx::ex2(static_cast<float>(s - m));
+      double sum = p;
       for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
       l = l * alpha + sum;
 #pragma unroll
       for (int e = 0; e < kMaxShare; ++e) o[e] *= alpha;
 #pragma unroll 1
       for (int j = 0; j < 32; ++j) {
-        const float weight = __shfl_sync(~0u, p, j);
+        const double weight = __shfl_sync(~0u, p, j);
         if (first + start + j > position) break;
 #pragma unroll
         for (int e = 0; e < kMaxShare; ++e) {
           const int d = lane + 32 * e;
           if (d < g.head_dim) {
-            o[e] = fmaf(weight, static_cast<float>(v[(start + j) * g.v_token_stride + d]), o[e]);
+            const auto value = static_cast<float>(v[(start + j) * g.v_token_stride + d]);
+            o[e] = fma(weight, static_cast<double>(value), o[e]);
           }
         }
       }
@@ -124,12 +144,14 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
 #pragma unroll
   for (int e = 0; e < kMaxShare; ++e) {
     const int d = lane + 32 * e;
-    if (d < g.head_dim) out[d] = static_cast<T>(l == 0.0f ? 0.0f : o[e] / l * value_scale);
+    const double mean = l == 0.0 ? 0.0 : value_scale * (o[e] / l);
+    if (d < g.head_dim) out[d] = static_cast<T>(static_cast<float>(mean));
   }
   if (g.lse != nullptr && lane == 0) {
-    constexpr float kLn2 = 0.693147180559945309f;
+    constexpr double kLn2 = 0.693147180559945309;
+    const double log2_sum = log2f(static_cast<float>(l));
     g.lse[row * g.lse_token_stride + head * g.lse_head_stride] =
-        l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2;
+        l == 0.0 ? -INFINITY : static_cast<float>((m + log2_sum) * kLn2);
   }
 }
 

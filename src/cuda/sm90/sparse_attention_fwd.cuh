@@ -530,20 +530,16 @@ class UnionConsumer {
                 (tile.cold >> token_[h] & 1) == 0;
       float inverse = l_[h] == 0.0f ? 0.0f : 1.0f / l_[h];
       if constexpr (kWiden) inverse *= tensors.value_scale(tile.kv_head);
-      float not_finite = l_[h] * 0.0f;  // 0, or NaN for NaN and infinities
+      float top = fabsf(l_[h]) <= 0x1p126f ? 0.0f : INFINITY;  // of |out|, or NaN
 #pragma unroll
       for (int i = 0; i < kO / 4; ++i) {
         const float x = o_[4 * i + 2 * h] * inverse;
         const float y = o_[4 * i + 2 * h + 1] * inverse;
-        not_finite = fmaf(x, 0.0f, fmaf(y, 0.0f, not_finite));
+        top = ptx::max_nan(top, ptx::max_nan(fabsf(x), fabsf(y)));
         o_[4 * i + 2 * h] = __uint_as_float(ptx::pack<T>(x, y));
       }
-      // In softmax() the product with the scale is not rounded, while the reference is a rounded
-      // one: up to 2^-24 of it apart. All of a row has that factor and it cancels, unless it is
-      // so large that it overflows.
-      constexpr float kHuge = 0x1p30f;
-      const bool huge = m_[h] != -INFINITY && !(fabsf(m_[h]) <= kHuge);
-      bad[h] = live[h] && (huge || !(not_finite == 0.0f));
+      const bool huge = m_[h] != -INFINITY && !(fabsf(m_[h]) <= kHugeScore);
+      bad[h] = live[h] && (huge || !(top <= kLargest<T>));
       const std::int64_t token = tile.row0 + token_[h];
       const int head = tile.kv_head * tensors.group_size + in_group;
       T* const out = static_cast<T*>(tensors.out) + token * tensors.out_token_stride +
@@ -577,7 +573,7 @@ class UnionConsumer {
       }
     }
     // NaN and infinities of keys that a row does not attend reach it as 0 * V: do such rows again,
-    // and those of huge scores.
+    // and those of huge scores, and those whose sums have overflowed.
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       std::uint32_t rows = __ballot_sync(~0u, h == 0 ? bad[0] : bad[1]);

@@ -15,7 +15,10 @@ namespace {
 
 using namespace kv_outer;
 
-constexpr std::int64_t kPartialBytes = std::int64_t{4} << 30;  // of out, for the tokens of a launch
+// Of out: a window has no more, and a launch holds as many windows as fit the second number, at
+// least one.
+constexpr std::int64_t kMostWindowBytes = std::int64_t{2} << 30;
+constexpr std::int64_t kLaunchBytes = std::int64_t{1} << 30;
 
 /// Everything that follows from shapes.
 struct Layout {
@@ -42,9 +45,9 @@ Layout make_layout(const SparseAttentionForward& args, std::byte* workspace) {
       std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(total_q, 128, wanted))));
   const std::int64_t token_bytes =
       std::int64_t{problem.num_q_heads} * problem.top_k * problem.head_dim * 2;
-  while (layout.window > 128 && layout.window * token_bytes > kPartialBytes) layout.window /= 2;
+  while (layout.window > 128 && layout.window * token_bytes > kMostWindowBytes) layout.window /= 2;
   const std::int64_t windows =
-      std::clamp<std::int64_t>(std::min<std::int64_t>(kPartialBytes / (layout.window * token_bytes),
+      std::clamp<std::int64_t>(std::min<std::int64_t>(kLaunchBytes / (layout.window * token_bytes),
                                                       kMaxSegments / problem.num_kv_heads),
                                1, std::max<std::int64_t>(1, ceil_div(total_q, layout.window)));
   layout.launch_tokens = windows * layout.window;

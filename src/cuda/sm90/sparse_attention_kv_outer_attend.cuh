@@ -14,6 +14,7 @@
 #include "cuda/common/ptx/tma.cuh"
 #include "cuda/common/ptx/wgmma.cuh"
 #include "cuda/common/swizzle.cuh"
+#include "cuda/sm90/attention_row.cuh"
 #include "cuda/sm90/sparse_attention_kv_outer.cuh"
 
 namespace msa::cuda::sm90::kv_outer {
@@ -25,7 +26,6 @@ inline constexpr int kQStages = 2;    // of each warpgroup
 inline constexpr int kKvStages = 2;
 inline constexpr int kOrders = 4;         // items on their way from the scheduler to the producers
 inline constexpr int kMaxSegments = 256;  // of a launch
-inline constexpr float kHuge = 0x1p30f;   // scores in base 2
 inline constexpr std::int8_t kRecompute = -128;  // exponent of a row for the merge to compute
 
 /// Elements between the 64-byte chunks of a row of partials.
@@ -67,10 +67,9 @@ struct Smem {
   static constexpr std::uint32_t kQBytes = kTileRows * kDim * 2;
   static constexpr int kTiles = kWarpgroups * kQStages;
   static constexpr std::uint32_t kQ = kKvStages * 2 * kKvBytes;
-  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;         // int4 [kTiles]
-  static constexpr std::uint32_t kOrderSlots = kInfos + kTiles * 16;     // int4 [kOrders][2]
-  static constexpr std::uint32_t kEntries = kOrderSlots + kOrders * 32;  // u32 [kTiles][64]
-  static constexpr std::uint32_t kBarriers = kEntries + kTiles * kTileRows * 4;
+  static constexpr std::uint32_t kInfos = kQ + kTiles * kQBytes;      // int4 [kTiles]
+  static constexpr std::uint32_t kOrderSlots = kInfos + kTiles * 16;  // int4 [kOrders][2]
+  static constexpr std::uint32_t kBarriers = kOrderSlots + kOrders * 32;
   static constexpr std::uint32_t kQFull = kBarriers;
   static constexpr std::uint32_t kQEmpty = kQFull + kTiles * 8;
   static constexpr std::uint32_t kKvFull = kQEmpty + kTiles * 8;
@@ -82,13 +81,29 @@ struct Smem {
   static_assert(kBytes <= 232448);
 };
 
-/// What the producer tells a warpgroup about a tile, beside its entries.
+/// Slots of shared memory that lane 0 writes or releases for its warp, lane 0 reads too.
+__device__ __forceinline__ int4 load_by_lane_0(const int4* from) {
+  int4 value{};
+  if (threadIdx.x % 32 == 0) value = *from;
+  return {__shfl_sync(~0u, value.x, 0), __shfl_sync(~0u, value.y, 0), __shfl_sync(~0u, value.z, 0),
+          __shfl_sync(~0u, value.w, 0)};
+}
+
+/// What the producer tells a warpgroup about a tile: flags and how many entries it has; the first
+/// of them among those of the launch (who needs entries reads them from the lists); slot 0 of the
+/// window's first token among the launch's (token, KV head, slot).
 struct TileInfo {
   static constexpr int kStage = 1;   // of K and V
   static constexpr int kParity = 2;  // to wait for
   static constexpr int kLast = 4;    // the warpgroup's last tile of the item
   static constexpr int kStop = 8;    // no tile: the end
+  static constexpr int kCountShift = 4;
 };
+
+/// Entries of a launch's first segment; the launch has fewer than 2^31.
+__device__ __forceinline__ const std::uint32_t* entries_of_launch(const AttendParams& params) {
+  return params.lists.entries + params.first_segment * params.lists.window * params.top_k;
+}
 
 /// Q in shared memory: rows in groups of 8, each group kPanels panels of 8 x 128 bytes, so that
 /// one box of TMA is one token. Rows of a group are 128 bytes apart, groups kPanels * 1024.
@@ -192,9 +207,8 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
     ptx::mbarrier_wait(smem + S::kOrderFull + from * 8, n / kOrders & 1);
     const int4* const order =
         reinterpret_cast<const int4*>(smem_generic + S::kOrderSlots) + from * 2;
-    const int4 item = order[0];
-    const int4 rest = order[1];
-    __syncwarp();
+    const int4 item = load_by_lane_0(order);
+    const int4 rest = load_by_lane_0(order + 1);
     if (lane == 0) ptx::mbarrier_arrive(smem + S::kOrderEmpty + from * 8);
     const int count = item.w;
     if (count == 0) break;
@@ -202,8 +216,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
     const int ordinal = rest.z;
     const int head = segment % params.num_kv_heads;
     const int first_token = segment / params.num_kv_heads * params.lists.window;
-    const std::uint32_t* const list =
-        params.lists.entries + std::int64_t{segment} * params.lists.window * params.top_k + item.z;
+    const int first_entry =
+        (segment - static_cast<int>(params.first_segment)) * params.lists.window * params.top_k +
+        item.z;
+    const std::uint32_t* const list = entries_of_launch(params) + first_entry;
+    const int first_slot =
+        ((first_token - static_cast<int>(params.partials.first_token)) * params.num_kv_heads +
+         head) *
+        params.top_k;
     // Entries of a tile, one or two a lane.
     const auto entries_of = [&](int tile, std::uint32_t(&entries)[2]) {
 #pragma unroll
@@ -222,23 +242,15 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
       entries_of(tile + kWarpgroups, ahead);
       const std::uint32_t slot = slot_of_use();
       const std::uint32_t full = smem + S::kQFull + slot * 8;
-      auto* const shared_entries =
-          reinterpret_cast<std::uint32_t*>(smem_generic + S::kEntries) + slot * kTileRows;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (lane + 32 * i < tile_tokens) shared_entries[lane + 32 * i] = entries[i];
-      }
-      if (lane == 0) {
-        const int flags = (ordinal % kKvStages) * TileInfo::kStage |
-                          (ordinal / kKvStages & 1) * TileInfo::kParity |
-                          (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0);
-        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] =
-            make_int4(flags, first_token - static_cast<int>(params.partials.first_token), head, 0);
-      }
-      __syncwarp();
       if (lane == 0) {
         const int left = count - tile * tile_tokens;
         const int num_tokens = left < tile_tokens ? left : tile_tokens;
+        const int flags = (ordinal % kKvStages) * TileInfo::kStage |
+                          (ordinal / kKvStages & 1) * TileInfo::kParity |
+                          (tile + kWarpgroups >= num_tiles ? TileInfo::kLast : 0) |
+                          num_tokens << TileInfo::kCountShift;
+        reinterpret_cast<int4*>(smem_generic + S::kInfos)[slot] =
+            make_int4(flags, first_entry + tile * tile_tokens, first_slot, 0);
         ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(num_tokens * kDim * 2)
                                           << log2_group);
       }
@@ -271,10 +283,12 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const AttendPa
 }
 
 /// A warpgroup's tile once S stands: S -> P. Returns per row (of two a thread) the sum of the
-/// unrounded weights and the base-2 logarithm of it with the maximum put back.
+/// weights before they are rounded to 16 bits, 2^-shift of the largest one's, and the base-2
+/// logarithm of it with the maximum put back.
 template <int kCount>
 __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const int (&visible)[2],
-                                        int block_size, float (&sum)[2], float (&lse)[2]) {
+                                        int block_size, float shift, float (&sum)[2],
+                                        float (&lse)[2]) {
   if (__any_sync(~0u, visible[0] < block_size || visible[1] < block_size)) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -293,7 +307,7 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     float top = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    reference[h] = top == -INFINITY ? 0.0f : top * scale;
+    reference[h] = top == -INFINITY ? 0.0f : fmaf(top, scale, shift);
   }
   float part[2][2] = {};
 #pragma unroll
@@ -306,33 +320,44 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], float scale, const i
     sum[h] = part[h][0] + part[h][1];
     sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
     sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    // The reference is a rounded product, those above are not: up to 2^-24 of it apart. All of a
-    // row have that factor and it cancels, unless it overflows: such rows are for the merge to
-    // compute.
-    lse[h] = fabsf(reference[h]) > kHuge ? reference[h] : reference[h] + ptx::lg2(sum[h]);
+    // The merge computes rows of huge scores.
+    lse[h] = fabsf(reference[h]) > kHugeScore ? reference[h] : reference[h] + ptx::lg2(sum[h]);
   }
 }
+
+/// Where a row of a tile goes, in one register until its products stand: the (token, KV head, slot)
+/// among those of the launch, 2 GiB of partials of at least 128 bytes, and what the row's end
+/// depends on.
+struct Target {
+  static constexpr std::uint32_t kSlots = (1u << 30) - 1;
+  static constexpr std::uint32_t kNone = kSlots;      // no row
+  static constexpr std::uint32_t kPartly = 1u << 30;  // the row doesn't see the whole block
+  static constexpr std::uint32_t kHuge = 1u << 31;    // its scores are beyond kHugeScore
+};
 
 template <class T, int kDim, int kBlock>
 __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_t smem,
                                         const char* smem_generic, int warpgroup) {
   using S = Smem<kDim, kBlock>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int group_size = 1 << params.log2_group_size;
+  const auto row_in_group = [&](int h) {
+    return ptx::accumulator_row(2 * h) & ((1 << params.log2_group_size) - 1);
+  };
 
   for (std::uint32_t use = 0;; ++use) {
     const std::uint32_t slot = static_cast<std::uint32_t>(warpgroup) * kQStages + use % kQStages;
     ptx::mbarrier_wait(smem + S::kQFull + slot * 8, use / kQStages & 1);
-    const int4 info = reinterpret_cast<const int4*>(smem_generic + S::kInfos)[slot];
+    const int4 info =
+        load_by_lane_0(reinterpret_cast<const int4*>(smem_generic + S::kInfos) + slot);
     if (info.x & TileInfo::kStop) break;
     const std::uint32_t kv_stage = info.x & TileInfo::kStage ? 1 : 0;
     std::uint32_t entries[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      entries[h] = reinterpret_cast<const std::uint32_t*>(
-          smem_generic +
-          S::kEntries)[slot * kTileRows + static_cast<std::uint32_t>(ptx::accumulator_row(2 * h) >>
-                                                                     params.log2_group_size)];
+      const int in_tile = ptx::accumulator_row(2 * h) >> params.log2_group_size;
+      entries[h] = in_tile < info.x >> TileInfo::kCountShift
+                       ? __ldg(entries_of_launch(params) + info.y + in_tile)
+                       : Entry::kNone;
     }
     ptx::mbarrier_wait(smem + S::kKvFull + kv_stage * 8, info.x & TileInfo::kParity ? 1 : 0);
 
@@ -357,9 +382,22 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
     if (lane == 0) ptx::mbarrier_arrive(smem + S::kQEmpty + slot * 8);
 
     const int visible[2] = {Entry::num_visible(entries[0]), Entry::num_visible(entries[1])};
+    std::uint32_t target[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int slot_of_launch = info.z +
+                                 Entry::token(entries[h]) * params.num_kv_heads * params.top_k +
+                                 Entry::slot(entries[h]);
+      target[h] = entries[h] == Entry::kNone ? Target::kNone
+                                             : static_cast<std::uint32_t>(slot_of_launch) |
+                                                   (visible[h] < kBlock ? Target::kPartly : 0);
+    }
     float sum[2];
     float lse[2];
-    softmax(s, params.scale_log2, visible, kBlock, sum, lse);
+    // Weights of at most 2^-7.5 (see kHugeScore), so that 128 of the largest bf16 values stay below
+    // 2^128. f16 can't overflow f32, and needs the range below 1.
+    constexpr float kShift = std::is_same_v<T, __half> ? 0.0f : 8.0f;
+    softmax(s, params.scale_log2, visible, kBlock, kShift, sum, lse);
     std::uint32_t p[kBlock / 16][4];
 #pragma unroll
     for (int i = 0; i < kBlock / 4; ++i) p[i / 4][i % 4] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
@@ -379,6 +417,14 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       }
     }
     ptx::wgmma_commit();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (fabsf(lse[h]) > kHugeScore) target[h] |= Target::kHuge;
+      if ((target[h] & Target::kSlots) != Target::kNone && lane % 4 == 0) {
+        params.partials.lse[(std::int64_t{target[h] & Target::kSlots} << params.log2_group_size) +
+                            row_in_group(h)] = lse[h];
+      }
+    }
     ptx::wgmma_wait<0>();
     ptx::pin(o);
     if ((info.x & TileInfo::kLast) != 0 && lane == 0) {
@@ -401,16 +447,15 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
       exponent = exponent > 112 ? 112 : exponent;
       const float factor = inverse * __int_as_float((127 + exponent) << 23);
       // A value that the row doesn't see may have made NaN of 0 times it.
-      if ((largest != largest && visible[h] < kBlock) || fabsf(lse[h]) > kHuge) {
+      if ((largest != largest && (target[h] & Target::kPartly) != 0) ||
+          (target[h] & Target::kHuge) != 0) {
         exponent = kRecompute;
       }
 
-      if (entries[h] != Entry::kNone) {
-        const std::int64_t token = info.y + Entry::token(entries[h]);
-        const std::int64_t row0 =
-            ((token * params.num_kv_heads + info.z) * params.top_k + Entry::slot(entries[h]))
-            << params.log2_group_size;
-        const int row = ptx::accumulator_row(2 * h) & (group_size - 1);
+      if ((target[h] & Target::kSlots) != Target::kNone) {
+        const std::int64_t row0 = std::int64_t{target[h] & Target::kSlots}
+                                  << params.log2_group_size;
+        const int row = row_in_group(h);
         std::uint16_t* const to = params.partials.out + row0 * kDim +
                                   partial_offset<kDim>(params.log2_group_size, row) + lane % 4 * 8;
         const int chunk_stride = partial_chunk_stride(params.log2_group_size);
@@ -426,7 +471,6 @@ __device__ __forceinline__ void consume(const AttendParams& params, std::uint32_
                  make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
         if (lane % 4 == 0) {
-          params.partials.lse[row0 + row] = lse[h];
           params.partials.exponents[row0 + row] = static_cast<std::int8_t>(exponent);
         }
       }

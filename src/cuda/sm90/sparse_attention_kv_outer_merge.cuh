@@ -126,6 +126,10 @@ __device__ __forceinline__ void merge_rows(const MergeParams& params, std::int64
       }
     }
   }
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(sum[i]));
+  recompute |= (__ballot_sync(~0u, largest > kLargest<T>) & lanes) != 0;
   std::uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = ptx::pack<T>(sum[2 * i], sum[2 * i + 1]);
