@@ -54,6 +54,20 @@ const char* name_of(Selection selection) {
   return "?";
 }
 
+const char* name_of(Fp8 fp8) {
+  switch (fp8) {
+    case Fp8::none:
+      return "none";
+    case Fp8::unscaled:
+      return "unscaled";
+    case Fp8::per_head:
+      return "per_head";
+    case Fp8::one_scale:
+      return "one_scale";
+  }
+  return "?";
+}
+
 Problem heads(int num_q_heads, int num_kv_heads) {
   return {.num_q_heads = num_q_heads,
           .num_kv_heads = num_kv_heads,
@@ -250,6 +264,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << "}, .keys = Keys::" << name_of(c.keys)
              << ", .values = Values::" << name_of(c.values)
              << ", .selection = Selection::" << name_of(c.selection)
+             << ", .fp8 = Fp8::" << name_of(c.fp8)
              << ", .index_codes = " << (c.index_codes ? "true" : "false")
              << ", .give_offsets = " << (c.give_offsets ? "true" : "false")
              << ", .row_gap = " << c.row_gap << ", .seed = " << c.seed << '}';

@@ -48,6 +48,14 @@ enum class Selection {
   scattered,  ///< Random blocks, down to none at all; the local block may be missing.
 };
 
+/// How keys and values of 8 bits are scaled.
+enum class Fp8 {
+  none,       ///< All tensors have the case's dtype.
+  unscaled,   ///< k, v, index_q and index_k are e4m3; no scales are given.
+  per_head,   ///< The same, with k_scale and v_scale of each KV head.
+  one_scale,  ///< The same, with one scale of all heads (stride 0).
+};
+
 struct Case {
   std::string name{};
   Problem problem{.num_q_heads = 4,
@@ -61,6 +69,7 @@ struct Case {
   Keys keys = Keys::ragged;
   Values values = Values::normal;
   Selection selection = Selection::indexer;
+  Fp8 fp8 = Fp8::none;       ///< Forward operations only; not with index_codes.
   bool index_codes = false;  ///< Int8 codes beside the index keys; paged keys only.
   bool give_offsets = true;  ///< False: no cu_seqlens; equal query counts, ragged only as one.
   int row_gap = 3;           ///< Poisoned elements behind each row of each axis; 0: contiguous.

@@ -44,11 +44,12 @@ class Prompt {
     fill_index_queries(index_q_, family, 1);
     fill_index_keys(index_k_, family, 2);
   }
-  void add_attention() {
+  /// Random data serves e4m3 keys too; scales are left out, which costs the kernels nothing.
+  void add_attention(DType key_dtype = DType::bf16) {
     const std::int64_t pages = shape_.num_pages();
     q_ = DeviceTensor(DType::bf16, {shape_.seq_len_q, kM3.num_q_heads, kM3.head_dim});
-    k_ = DeviceTensor(DType::bf16, {pages, kM3.num_kv_heads, kM3.block_size, kM3.head_dim});
-    v_ = DeviceTensor(DType::bf16, {pages, kM3.num_kv_heads, kM3.block_size, kM3.head_dim});
+    k_ = DeviceTensor(key_dtype, {pages, kM3.num_kv_heads, kM3.block_size, kM3.head_dim});
+    v_ = DeviceTensor(key_dtype, {pages, kM3.num_kv_heads, kM3.block_size, kM3.head_dim});
     out_ = DeviceTensor(DType::bf16, {shape_.seq_len_q, kM3.num_q_heads, kM3.head_dim});
     fill_normal(q_, 6);
     fill_normal(k_, 3);
@@ -127,10 +128,10 @@ PreparedCase prepare_indexer(const Shape& shape, DType dtype, const Options& opt
           .selection_after_run = [=] { return prompt->selection(); }};
 }
 
-PreparedCase prepare_attention(const Shape& shape, const SelectionFamily& family,
+PreparedCase prepare_attention(const Shape& shape, const SelectionFamily& family, DType key_dtype,
                                const Options& options) {
   const auto prompt = std::make_shared<Prompt>(shape);
-  prompt->add_attention();
+  prompt->add_attention(key_dtype);
   prompt->add_selection(family);
   const Planned<SparseAttentionForward> attention(prompt->attention(), options);
   const auto workspace = std::make_shared<DeviceMemory>(attention.plan.workspace_bytes());
@@ -192,7 +193,9 @@ std::vector<BenchCase> gpu_cases() {
         [shape](const Options& o) { return prepare_indexer(shape, DType::bf16, o); });
     for (const auto& [name, family] : families) {
       add(core::concat("attention.", shape.name, ".", name), shape,
-          [shape, family](const Options& o) { return prepare_attention(shape, family, o); });
+          [shape, family](const Options& o) {
+            return prepare_attention(shape, family, DType::bf16, o);
+          });
     }
     add(core::concat("total.", shape.name), shape,
         [shape](const Options& o) { return prepare_total(shape, DType::bf16, o); });
@@ -205,6 +208,10 @@ std::vector<BenchCase> gpu_cases() {
         [shape](const Options& o) { return prepare_total(shape, DType::e4m3, o); });
   }
   add_shape(chunk);
+  for (const Shape& shape : {prompts[1], prompts[2]}) {
+    add(core::concat("attention.", shape.name, ".real.fp8_kv"), shape,
+        [shape](const Options& o) { return prepare_attention(shape, kRealLike, DType::e4m3, o); });
+  }
   return cases;
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/cuda/gpu_cases.hpp"
 
+#include <set>
+
 #include "core/check.hpp"
 
 namespace msa::testing {
@@ -242,6 +244,26 @@ void finish(std::vector<Case>& cases, DType dtype, std::vector<Case>& all) {
   }
 }
 
+const char* suffix_of(Fp8 fp8) {
+  switch (fp8) {
+    case Fp8::per_head:
+      return "per_head";
+    case Fp8::one_scale:
+      return "one_scale";
+    default:
+      return "unscaled";
+  }
+}
+
+/// A case with e4m3 keys; the three ways to scale them take turns.
+Case with_fp8(Case spec, std::size_t turn) {
+  constexpr Fp8 kTurns[] = {Fp8::per_head, Fp8::unscaled, Fp8::one_scale};
+  spec.fp8 = kTurns[turn % 3];
+  spec.index_codes = false;
+  spec.name = core::concat(spec.name, "_e4m3_", suffix_of(spec.fp8));
+  return spec;
+}
+
 }  // namespace
 
 std::vector<Case> scaled_cases() {
@@ -260,6 +282,57 @@ std::vector<Case> scaled_cases() {
   }
   const std::vector<Case> more = extreme_cases();
   cases.insert(cases.end(), more.begin(), more.end());
+  return cases;
+}
+
+std::vector<Case> fp8_cases() {
+  std::vector<Case> cases;
+  std::set<std::string> seen;
+  for (const std::vector<Case>& some : {scaled_cases(), large_cases()}) {
+    for (const Case& spec : some) {
+      if (spec.index_codes) continue;
+      Case changed = with_fp8(spec, cases.size());
+      if (seen.insert(changed.name).second) cases.push_back(changed);
+    }
+  }
+  return cases;
+}
+
+std::vector<Case> cluster_cases() {
+  // Clusters take 1,056 row tiles on 132 SMs, of 256 rows (token, index head); many heads keep the
+  // keys, and so the work, few.
+  const auto heads = [](int num_kv_heads, int index_dim, int block_size) {
+    return Problem{.num_q_heads = num_kv_heads,
+                   .num_kv_heads = num_kv_heads,
+                   .head_dim = 8,
+                   .index_dim = index_dim,
+                   .block_size = block_size,
+                   .top_k = 8};
+  };
+  const std::vector<Case> geometries = {
+      {.name = "cluster_one_prompt", .problem = heads(128, 64, 128), .sequences = {{2201, 2201}}},
+      {.name = "cluster_paged",
+       .problem = heads(128, 64, 64),
+       .sequences = {{2200, 2300}},
+       .keys = Keys::missing_pages},
+      {.name = "cluster_of_two_sequences",
+       .problem = heads(100, 128, 128),
+       .sequences = {{777, 901}, {3, 500}, {0, 7}, {1503, 1503}},
+       .keys = Keys::paged},
+      {.name = "cluster_nans",
+       .problem = heads(128, 64, 128),
+       .sequences = {{2199, 2199}},
+       .values = Values::nans}};
+  std::vector<Case> cases;
+  std::uint32_t seed = 900;
+  for (Case spec : geometries) {
+    spec.dtype = DType::bf16;
+    spec.row_gap = kAlignedGap;
+    spec.seed = seed;
+    seed += 2;  // even ones give max_seq_len_k
+    cases.push_back(spec);
+    cases.push_back(with_fp8(spec, 1));
+  }
   return cases;
 }
 

@@ -18,4 +18,10 @@ std::vector<Case> scaled_cases();
 /// to be judged by the reference in every row.
 std::vector<Case> large_cases();
 
+/// Scaled and large cases with e4m3 k, v, index_q and index_k; q stays of 16 bits.
+std::vector<Case> fp8_cases();
+
+/// For the index operations alone: enough rows for the clusters of sm90 whose CTAs share keys.
+std::vector<Case> cluster_cases();
+
 }  // namespace msa::testing

@@ -28,12 +28,35 @@ double magnitude_dot(const reference::Row& a, const reference::Row& b, std::int6
   return sum;
 }
 
+/// Error of a sum of e4m3 products in Hopper's tensor cores: docs/numerics.md. In steps of 32 the
+/// products and the sum so far are cut at 2^-12 of the largest of them (one bit less than was
+/// measured), 33 times, and the new sum likewise.
+double e4m3_error(const reference::Row& a, const reference::Row& b, std::int64_t dim) {
+  constexpr std::int64_t kStep = 32;
+  constexpr std::int64_t kPadded = 128;  // a kernel may fill the dimension up with zeros
+  double sum = 0.0;
+  double error = 0.0;
+  for (std::int64_t first = 0; first < std::max(dim, kPadded); first += kStep) {
+    double largest = std::fabs(sum) + error;
+    for (std::int64_t d = first; d < std::min(first + kStep, dim); ++d) {
+      sum += a[d] * b[d];
+      largest = std::max(largest, std::fabs(a[d] * b[d]));
+    }
+    error += 33 * 0x1p-12 * largest;
+    error += 0x1p-12 * (std::fabs(sum) + error);
+  }
+  return error;
+}
+
 /// Error of one score: the dot product's and its scaling's.
 double score_error(const reference::Row& a, const reference::Row& b, std::int64_t dim, double scale,
                    const Arithmetic& arithmetic) {
   const double error =
       gamma(static_cast<double>(dim) + 2, arithmetic) * std::fabs(scale) * magnitude_dot(a, b, dim);
-  return std::isfinite(error) ? error : 0.0;  // an infinite or NaN score is what it is in f32 too
+  const double of_e4m3 = arithmetic.e4m3_sums ? std::fabs(scale) * e4m3_error(a, b, dim) : 0.0;
+  // An infinite or NaN score is what it is in f32 too.
+  if (!std::isfinite(error + of_e4m3)) return 0.0;
+  return error + of_e4m3;
 }
 
 template <class Args>
@@ -83,7 +106,9 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
   if (T.empty()) return;
   const std::vector<double> S = reference::attention_scores(args, sequence, h, i, T);
   const double m = reference::max_of(S);
-  const double scale = reference::scale_or_default(args.softmax_scale, p.head_dim);
+  const double scale = reference::scale_or_default(args.softmax_scale, p.head_dim) *
+                       reference::head_scale(args.k_scale, r);
+  const double v_scale = reference::head_scale(args.v_scale, r);
   const reference::Row q = reference::row_of(args.q, row, h);
   std::vector<double> errors;
   std::size_t best = 0;
@@ -125,15 +150,15 @@ void bound_row(const Args& args, const core::Sequence& sequence, std::int64_t i,
     const double error = probability_error[t] + product_error * probability[t] +
                          (probability[t] > 0.0 ? arithmetic.small_probability : 0.0);
     for (std::size_t d = 0; d < dim; ++d) {
-      const double value = v[static_cast<std::int64_t>(d)];
+      const double value = v_scale * v[static_cast<std::int64_t>(d)];
       out[d] += probability[t] * value;
       out_error[d] += error * std::fabs(value);
     }
   }
   for (std::size_t d = 0; d < dim; ++d) {
-    // Two more roundings: the reciprocal of the sum and its product.
+    // Three more roundings: the reciprocal of the sum, its product, and that with the scale of V.
     const double quotient = std::fabs(out[d] / sum);
-    bounds.out[stat * dim + d] = (out_error[d] + quotient * sum_error) / rest + 2 * kU * quotient;
+    bounds.out[stat * dim + d] = (out_error[d] + quotient * sum_error) / rest + 3 * kU * quotient;
   }
   const double worst = *std::max_element(errors.begin(), errors.end());
   const double lse = std::fabs(m + std::log(sum));
@@ -203,6 +228,13 @@ Arithmetic arithmetic_of(const std::string& backend, DType dtype) {
     arithmetic.probability = 0x1p-11;
     arithmetic.small_probability = 0x1p-25;
   }
+  return arithmetic;
+}
+
+Arithmetic index_arithmetic_of(const std::string& backend, DType dtype, DType key_dtype) {
+  Arithmetic arithmetic = arithmetic_of(backend, dtype);
+  // cuda_generic widens e4m3 to 16 bits first.
+  arithmetic.e4m3_sums = backend == "cuda_sm90" && key_dtype == DType::e4m3;
   return arithmetic;
 }
 

@@ -25,10 +25,14 @@ struct Arithmetic {
   /// the format's normal range.
   double probability = 0.0;
   double small_probability = 0.0;
+  /// Products of e4m3 are summed by Hopper's tensor cores.
+  bool e4m3_sums = false;
 };
 
 /// That of a backend for V of a dtype.
 Arithmetic arithmetic_of(const std::string& backend, DType dtype);
+/// That of its index operations, for keys of key_dtype.
+Arithmetic index_arithmetic_of(const std::string& backend, DType dtype, DType key_dtype);
 
 /// For each element of block_scores, row-major: the error of scores accumulated in f32.
 std::vector<double> score_bounds(const IndexerScores& args, const Arithmetic& arithmetic = {});

@@ -38,8 +38,26 @@ void shuffle(std::vector<T>& items, std::mt19937& random) {
   }
 }
 
+/// A contiguous copy in f32, which the CPU backend takes; widening e4m3 is exact.
+core::Tensor widened(const TensorView& view) {
+  core::Tensor wide =
+      view.rank == 3
+          ? core::Tensor(DType::f32, {view.shape[0], view.shape[1], view.shape[2]})
+          : core::Tensor(DType::f32, {view.shape[0], view.shape[1], view.shape[2], view.shape[3]});
+  set_values(wide, values_of(view));
+  return wide;
+}
+
 template <class Args>
-void run_on_cpu(const Args& args) {
+void run_on_cpu(Args args) {
+  core::Tensor index_q;
+  core::Tensor index_k;
+  if (args.index_q.dtype == DType::e4m3) {
+    index_q = widened(args.index_q);
+    index_k = widened(args.index_k);
+    args.index_q = index_q;
+    args.index_k = index_k;
+  }
   const auto plan = msa::plan(args, {.backend = "cpu"});
   const core::HostBuffer workspace(plan.workspace_bytes());
   plan.run(args, workspace.span());
@@ -58,6 +76,7 @@ Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed)
   make_batch();
   make_keys();
   make_queries();
+  make_scales();
   plant_special_values();
   make_index_codes();
   make_block_scores();
@@ -139,8 +158,8 @@ double Inputs::value(double scale) {
   }
 }
 
-GuardedTensor Inputs::filled(const std::vector<std::int64_t>& shape, double scale) {
-  GuardedTensor tensor(spec.dtype, shape, spec.row_gap, GuardedTensor::kPoison);
+GuardedTensor Inputs::filled(DType dtype, const std::vector<std::int64_t>& shape, double scale) {
+  GuardedTensor tensor(dtype, shape, gap_of(dtype), GuardedTensor::kPoison);
   std::vector<double> values(static_cast<std::size_t>(tensor.view().num_elements()));
   for (double& element : values) element = value(scale);
   set_values(tensor, values);
@@ -148,9 +167,10 @@ GuardedTensor Inputs::filled(const std::vector<std::int64_t>& shape, double scal
 }
 
 GuardedTensor Inputs::keys_tensor(std::int64_t heads, std::int64_t dim, double scale) {
-  if (spec.keys == Keys::ragged) return filled({total_k, heads, dim}, scale);
+  const DType dtype = key_dtype();
+  if (spec.keys == Keys::ragged) return filled(dtype, {total_k, heads, dim}, scale);
   const std::int64_t block_size = spec.problem.block_size;
-  GuardedTensor tensor(spec.dtype, {num_pages_, heads, block_size, dim}, spec.row_gap,
+  GuardedTensor tensor(dtype, {num_pages_, heads, block_size, dim}, gap_of(dtype),
                        GuardedTensor::kPoison);
   for (std::size_t b = 0; b < spec.sequences.size(); ++b) {
     for (std::int64_t j = 0; j < spec.sequences[b].k; ++j) {
@@ -222,14 +242,42 @@ void Inputs::make_queries() {
   const Problem& p = spec.problem;
   double scale = 1.0;
   if (spec.values == Values::large) scale = spec.dtype == DType::f16 ? 6e3 : 1e20;
-  q = filled({total_q, p.num_q_heads, p.head_dim}, std::max(scale, coarse_scale()));
-  index_q = filled({total_q, p.num_kv_heads, p.index_dim}, scale);
-  if (!is_large()) dout = filled({total_q, p.num_q_heads, p.head_dim});
-  if (spec.keys != Keys::ragged) {
-    new_k = filled({total_q, p.num_kv_heads, p.head_dim});
-    new_v = filled({total_q, p.num_kv_heads, p.head_dim});
-    new_index_k = filled({total_q, 1, p.index_dim});
+  q = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, std::max(scale, coarse_scale()));
+  index_q = filled(key_dtype(), {total_q, p.num_kv_heads, p.index_dim}, scale);
+  if (!is_large()) dout = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim});
+  if (supports<AppendKv>()) {
+    new_k = filled(spec.dtype, {total_q, p.num_kv_heads, p.head_dim});
+    new_v = filled(spec.dtype, {total_q, p.num_kv_heads, p.head_dim});
+    new_index_k = filled(spec.dtype, {total_q, 1, p.index_dim});
   }
+}
+
+/// No powers of two, and of another size for every head, so that no mistake in them is hidden.
+void Inputs::make_scales() {
+  if (spec.fp8 != Fp8::per_head && spec.fp8 != Fp8::one_scale) return;
+  const std::int64_t heads = spec.problem.num_kv_heads;
+  const auto scales = [&](double first, double step) {
+    GuardedTensor tensor(DType::f32, {spec.fp8 == Fp8::per_head ? heads : 1}, 0,
+                         GuardedTensor::kPoison);
+    std::vector<double> values(static_cast<std::size_t>(tensor.view().num_elements()));
+    for (std::size_t r = 0; r < values.size(); ++r) {
+      values[r] = first + step * static_cast<double>(r);
+    }
+    set_values(tensor, values);
+    return tensor;
+  };
+  k_scale = scales(0.61, 0.17);
+  v_scale = scales(2.9, -0.013);
+}
+
+/// The scales of all KV heads; one of all has stride 0.
+TensorView Inputs::of_all_heads(const GuardedTensor& scales) const {
+  TensorView view = scales;
+  if (spec.fp8 == Fp8::one_scale) {
+    view.shape[0] = spec.problem.num_kv_heads;
+    view.stride[0] = 0;
+  }
+  return view;
 }
 
 bool Inputs::is_large() const {
@@ -366,6 +414,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("q", q);
   visit("k", k);
   visit("v", v);
+  visit("k_scale", k_scale);
+  visit("v_scale", v_scale);
   visit("index_q", index_q);
   visit("index_k", index_k);
   visit("index_k_codes", index_k_codes);
@@ -419,11 +469,24 @@ Indexer Inputs::args() {
 }
 template <>
 SparseAttentionForward Inputs::args() {
-  return {.problem = spec.problem, .batch = batch, .q = q, .k = k, .v = v, .block_ids = block_ids};
+  return {.problem = spec.problem,
+          .batch = batch,
+          .q = q,
+          .k = k,
+          .v = v,
+          .block_ids = block_ids,
+          .k_scale = of_all_heads(k_scale),
+          .v_scale = of_all_heads(v_scale)};
 }
 template <>
 DenseAttentionForward Inputs::args() {
-  return {.problem = spec.problem, .batch = batch, .q = q, .k = k, .v = v};
+  return {.problem = spec.problem,
+          .batch = batch,
+          .q = q,
+          .k = k,
+          .v = v,
+          .k_scale = of_all_heads(k_scale),
+          .v_scale = of_all_heads(v_scale)};
 }
 template <>
 SparseAttentionBackward Inputs::args() {
@@ -456,9 +519,9 @@ AppendKv Inputs::args() {
 template <class Args>
 bool Inputs::supports() const {
   if constexpr (requires(Args a) { a.k_pages; }) {
-    return spec.keys != Keys::ragged && spec.keys != Keys::shared_pages;
+    return spec.keys != Keys::ragged && spec.keys != Keys::shared_pages && spec.fp8 == Fp8::none;
   } else if constexpr (requires(Args a) { a.dq; } || requires(Args a) { a.dindex_q; }) {
-    return spec.keys == Keys::ragged;
+    return spec.keys == Keys::ragged && spec.fp8 == Fp8::none;
   } else if constexpr (requires(Args a) {
                          a.block_scores;
                          a.block_ids;

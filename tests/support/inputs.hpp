@@ -22,7 +22,8 @@ class Inputs {
  public:
   explicit Inputs(const Case& spec);
 
-  /// Backward operations need ragged keys, AppendKv needs pages that sequences don't share.
+  /// Backward operations need ragged keys, AppendKv needs pages that sequences don't share, and
+  /// neither takes e4m3.
   template <class Args>
   bool supports() const;
 
@@ -43,6 +44,7 @@ class Inputs {
   GuardedTensor index_q;                        ///< [total_q, num_kv_heads, index_dim]
   GuardedTensor index_k;                        ///< ragged or paged
   GuardedTensor index_k_codes, index_k_scales;  ///< of index_k, where spec.index_codes
+  GuardedTensor k_scale, v_scale;               ///< f32 [num_kv_heads], as spec.fp8 says
   GuardedTensor block_scores;                   ///< What no selection may read is +inf.
   GuardedTensor block_ids;
   GuardedTensor dout;
@@ -55,6 +57,8 @@ class Inputs {
  private:
   void make_batch();
   void make_keys();
+  void make_scales();
+  TensorView of_all_heads(const GuardedTensor& scales) const;
   void make_index_codes();
   void make_queries();
   void plant_special_values();
@@ -64,7 +68,10 @@ class Inputs {
   void make_forward_results();
   /// Too large for the reference: the CPU backend makes scores and ids, and there is no dout.
   bool is_large() const;
-  GuardedTensor filled(const std::vector<std::int64_t>& shape, double scale = 1.0);
+  GuardedTensor filled(DType dtype, const std::vector<std::int64_t>& shape, double scale = 1.0);
+  DType key_dtype() const { return spec.fp8 == Fp8::none ? spec.dtype : DType::e4m3; }
+  /// Elements behind each row: as many bytes in e4m3 as in 16 bits.
+  int gap_of(DType dtype) const { return dtype == DType::e4m3 ? 2 * spec.row_gap : spec.row_gap; }
   GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim, double scale);
   double coarse_scale() const;
   double value(double scale);

@@ -29,12 +29,13 @@ TEST(Cases, HaveDistinctNamesAndPrintThemselves) {
   }
   std::ostringstream text;
   text << Case{.name = "x", .sequences = {{1, 2}, {0, 0}}, .keys = Keys::paged};
-  EXPECT_EQ(text.str(),
-            "{.name = \"x\", .problem = {.num_q_heads = 4, .num_kv_heads = 2, .head_dim = 64, "
-            ".index_dim = 64, .block_size = 16, .top_k = 4, .num_init_blocks = 0, "
-            ".num_local_blocks = 1}, .dtype = DType::f32, .sequences = {{1, 2}, {0, 0}}, .keys = "
-            "Keys::paged, .values = Values::normal, .selection = Selection::indexer, "
-            ".index_codes = false, .give_offsets = true, .row_gap = 3, .seed = 1}");
+  EXPECT_EQ(
+      text.str(),
+      "{.name = \"x\", .problem = {.num_q_heads = 4, .num_kv_heads = 2, .head_dim = 64, "
+      ".index_dim = 64, .block_size = 16, .top_k = 4, .num_init_blocks = 0, "
+      ".num_local_blocks = 1}, .dtype = DType::f32, .sequences = {{1, 2}, {0, 0}}, .keys = "
+      "Keys::paged, .values = Values::normal, .selection = Selection::indexer, "
+      ".fp8 = Fp8::none, .index_codes = false, .give_offsets = true, .row_gap = 3, .seed = 1}");
 }
 
 TEST(GuardedTensor, FindsEveryWriteOutsideItsElements) {

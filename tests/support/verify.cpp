@@ -156,12 +156,16 @@ template <class Args>
 void judge_values(Inputs& inputs, const Args& args, const char* backend, const Effort& effort,
                   Outcome& outcome) {
   const Case& spec = inputs.spec;
-  const Arithmetic arithmetic = arithmetic_of(backend, spec.dtype);
+  const bool fp8 = spec.fp8 != Fp8::none;
+  Arithmetic arithmetic = arithmetic_of(backend, spec.dtype);
+  if constexpr (requires { args.index_k; }) {
+    arithmetic = index_arithmetic_of(backend, spec.dtype, args.index_k.dtype);
+  }
   if (effort.max_rows == 0 || inputs.total_q <= effort.max_rows) {
     take(outcome, judge_by_reference(spec, args, arithmetic, inputs.num_blocks));
     return;
   }
-  take(outcome, judge_by_cpu(spec, args, arithmetic, inputs.num_blocks));
+  if (!fp8) take(outcome, judge_by_cpu(spec, args, arithmetic, inputs.num_blocks));
   // A row of dense attention costs the reference several times as much.
   const bool dense = std::is_same_v<Args, DenseAttentionForward>;
   const std::int64_t num_rows =

@@ -33,7 +33,7 @@ struct Effort {
   int num_runs = 2;    ///< All bitwise equal.
   bool graph = false;  ///< One replay of a CUDA graph, bitwise equal to the runs; GPU backends.
   /// Query rows that the reference judges, spread over all; the CPU backend judges the others, more
-  /// loosely. 0: the reference judges every row.
+  /// loosely (not e4m3, which it does not take). 0: the reference judges every row.
   std::int64_t max_rows = 0;
 };
 

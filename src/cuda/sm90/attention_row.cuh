@@ -36,7 +36,17 @@ struct AttentionTensors {
   int group_size;
   int head_dim;
   int top_k;
-  float scale_log2;  ///< softmax scale * log2(e)
+  float scale_log2;      ///< softmax scale * log2(e)
+  const float* k_scale;  ///< of KV heads, or null: what elements are multiplied by
+  const float* v_scale;
+  std::int64_t k_scale_stride, v_scale_stride;
+
+  __device__ __forceinline__ float score_scale(int kv_head) const {
+    return k_scale == nullptr ? scale_log2 : scale_log2 * k_scale[kv_head * k_scale_stride];
+  }
+  __device__ __forceinline__ float value_scale(int kv_head) const {
+    return v_scale == nullptr ? 1.0f : v_scale[kv_head * v_scale_stride];
+  }
 
   __device__ __forceinline__ const std::int32_t* ids_of(int kv_head, std::int64_t token) const {
     return block_ids + kv_head * ids_head_stride + token * ids_token_stride;
@@ -56,7 +66,8 @@ inline constexpr float kHugeScore = 0x1p24f;
 template <class T>
 inline constexpr float kLargest = std::is_same_v<T, __half> ? 65504.0f : 0x1.fep127f;
 
-template <class T>
+/// Queries and outputs of T, keys and values of Key.
+template <class T, class Key = T>
 __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64_t row, int kv_head,
                                            int in_group) {
   constexpr int kMaxShare = 4;  // elements of a row of at most 128 that a lane owns
@@ -67,7 +78,8 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
   const int block_size = g.batch.block_size;
   const T* const q = static_cast<const T*>(g.q) + row * g.q_token_stride + head * g.q_head_stride;
   const std::int32_t* const ids = g.ids_of(kv_head, row);
-  const double scale = g.scale_log2;
+  const double scale = g.score_scale(kv_head);
+  const double value_scale = g.value_scale(kv_head);
   double m = -INFINITY;
   double l = 0.0;
   double o[kMaxShare] = {};
@@ -83,15 +95,15 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
       token = 0;
       if (page < 0) continue;
     }
-    const T* const k = static_cast<const T*>(g.k) + page * g.k_page_stride +
-                       kv_head * g.k_head_stride + token * g.k_token_stride;
-    const T* const v = static_cast<const T*>(g.v) + page * g.v_page_stride +
-                       kv_head * g.v_head_stride + token * g.v_token_stride;
+    const Key* const k = static_cast<const Key*>(g.k) + page * g.k_page_stride +
+                         kv_head * g.k_head_stride + token * g.k_token_stride;
+    const Key* const v = static_cast<const Key*>(g.v) + page * g.v_page_stride +
+                         kv_head * g.v_head_stride + token * g.v_token_stride;
 #pragma unroll 1
     for (int start = 0; start < block_size && first + start <= position; start += 32) {
       double s = -INFINITY;
       if (first + start + lane <= position) {
-        const T* const key = k + (start + lane) * g.k_token_stride;
+        const Key* const key = k + (start + lane) * g.k_token_stride;
         double dot = 0.0;
 #pragma unroll 1
         for (int d = 0; d < g.head_dim; ++d) {
@@ -132,7 +144,8 @@ __device__ __forceinline__ void attend_row(const AttentionTensors& g, std::int64
 #pragma unroll
   for (int e = 0; e < kMaxShare; ++e) {
     const int d = lane + 32 * e;
-    if (d < g.head_dim) out[d] = static_cast<T>(static_cast<float>(l == 0.0 ? 0.0 : o[e] / l));
+    const double mean = l == 0.0 ? 0.0 : value_scale * (o[e] / l);
+    if (d < g.head_dim) out[d] = static_cast<T>(static_cast<float>(mean));
   }
   if (g.lse != nullptr && lane == 0) {
     constexpr double kLn2 = 0.693147180559945309;

@@ -80,10 +80,16 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
   if (args.q.dtype != DType::bf16 && args.q.dtype != DType::f16) {
     return core::concat("q is ", name_of(args.q.dtype), ", not bf16 or f16");
   }
-  for (const auto& [name, view] : {std::pair{"k", args.k}, {"v", args.v}, {"out", args.out}}) {
-    if (view.dtype != args.q.dtype) {
+  if (args.out.dtype != args.q.dtype) {
+    return core::concat("out is ", name_of(args.out.dtype), ", q is ", name_of(args.q.dtype));
+  }
+  for (const auto& [name, view] : {std::pair{"k", args.k}, {"v", args.v}}) {
+    if (view.dtype != args.q.dtype && view.dtype != DType::e4m3) {
       return core::concat(name, " is ", name_of(view.dtype), ", q is ", name_of(args.q.dtype));
     }
+  }
+  if (args.k.dtype != args.v.dtype) {
+    return core::concat("k is ", name_of(args.k.dtype), ", v is ", name_of(args.v.dtype));
   }
   if (args.lse.given() && args.lse.dtype != DType::f32) {
     return core::concat("lse is ", name_of(args.lse.dtype), ", not f32");
@@ -110,6 +116,10 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
 }
 
 void launch_for_dtype(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
+  if (args.k.dtype == DType::e4m3) {
+    (args.q.dtype == DType::bf16 ? launch_union_bf16_e4m3 : launch_union_f16_e4m3)(args, stream);
+    return;
+  }
   (args.q.dtype == DType::bf16 ? launch_union_bf16 : launch_union_f16)(args, cold, stream);
 }
 
@@ -143,7 +153,7 @@ void run(const SparseAttentionForward& args, std::span<std::byte> workspace, Str
 
 const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward{
     .name = "cuda_sm90",
-    .dtypes = "bf16 f16",
+    .dtypes = "bf16 f16, k and v also e4m3",
     .declines = declines,
     .workspace_bytes = [](const SparseAttentionForward& args) -> std::size_t {
       return may_be_cold(args) ? flag_bytes(args) + kv_outer_workspace_bytes(args) : 0;

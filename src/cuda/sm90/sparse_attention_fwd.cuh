@@ -9,6 +9,7 @@
 //   warp 2    Q loader   rows of the next tile, per warpgroup, as soon as it lets go of its own
 //   warps 4-11           two warpgroups: S = Q K^T, softmax, O += P V; a warpgroup passes over a
 //                        block none of its tokens has, a warp with no member row skips the softmax
+//   warps 12-15          with e4m3 K and V only: widen what the producer loads
 //
 // docs/kernels/sm90_attention.md has the picture and the cycle budget.
 #pragma once
@@ -17,6 +18,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/batch.cuh"
 #include "cuda/common/ptx/barrier.cuh"
@@ -26,6 +28,7 @@
 #include "cuda/common/swizzle.cuh"
 #include "cuda/sm90/attention_row.cuh"
 #include "cuda/sm90/sparse_attention_fwd.hpp"
+#include "cuda/sm90/sparse_attention_widen.cuh"
 
 namespace msa::cuda::sm90 {
 
@@ -275,7 +278,7 @@ __device__ __forceinline__ void load_queries(const UnionParams& g, UnionShared& 
 
 /// One warpgroup; thread t of it holds rows t / 32 * 16 + t % 32 / 4 (h = 0) and 8 below (h = 1) of
 /// S and O as wgmma lays them out.
-template <class T, int kDim, int kBlock>
+template <class T, int kDim, int kBlock, bool kWiden>
 class UnionConsumer {
  public:
   __device__ __forceinline__ UnionConsumer(const UnionParams& g, UnionShared& shared,
@@ -300,6 +303,7 @@ class UnionConsumer {
       q_parity ^= 1;
       const Tile tile = read_tile();
       if (tile.num_tokens < 0) return;
+      if constexpr (kWiden) scale_ = g_.tensors.score_scale(tile.kv_head);
       attend(tile);
       finish(tile);
     }
@@ -391,7 +395,7 @@ class UnionConsumer {
         if (i / 4 * 8 + i % 2 > limit[i / 2 % 2] - column) s[i] = -INFINITY;
       }
     }
-    const float scale = g_.tensors.scale_log2;
+    const float scale = kWiden ? scale_ : g_.tensors.scale_log2;
     float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -524,7 +528,8 @@ class UnionConsumer {
       const int in_group = row % g_.slot_rows;
       live[h] = in_group < tensors.group_size && token_[h] < tile.num_tokens &&
                 (tile.cold >> token_[h] & 1) == 0;
-      const float inverse = l_[h] == 0.0f ? 0.0f : 1.0f / l_[h];
+      float inverse = l_[h] == 0.0f ? 0.0f : 1.0f / l_[h];
+      if constexpr (kWiden) inverse *= tensors.value_scale(tile.kv_head);
       float top = fabsf(l_[h]) <= 0x1p126f ? 0.0f : INFINITY;  // of |out|, or NaN
 #pragma unroll
       for (int i = 0; i < kO / 4; ++i) {
@@ -579,8 +584,8 @@ class UnionConsumer {
             static_cast<int>(threadIdx.x) % 128 / 32 * 16 + (__ffs(rows) - 1) / 4 + 8 * h;
         rows &= rows - 1;
         __syncwarp();
-        attend_row<T>(tensors, tile.row0 + (wg_ * 64 + row) / g_.slot_rows, tile.kv_head,
-                      row % g_.slot_rows);
+        attend_row<T, std::conditional_t<kWiden, __nv_fp8_e4m3, T>>(
+            tensors, tile.row0 + (wg_ * 64 + row) / g_.slot_rows, tile.kv_head, row % g_.slot_rows);
       }
     }
   }
@@ -605,11 +610,12 @@ class UnionConsumer {
   float m_[2];  ///< reference of the exponentials, log2 domain
   float l_[2];  ///< this thread's share of the sum
   float alpha_[2];
-  bool idle_ = false;  ///< none of the warp's rows attends the block: P is 0
+  float scale_ = 0.0f;  ///< of the tile's head, with kWiden
+  bool idle_ = false;   ///< none of the warp's rows attends the block: P is 0
 };
 
-template <class T, int kDim, int kBlock>
-__global__ void __launch_bounds__(kUnionThreads, 1)
+template <class T, int kDim, int kBlock, bool kWiden>
+__global__ void __launch_bounds__(kUnionThreads + (kWiden ? kWidenThreads : 0), 1)
     union_kernel(const __grid_constant__ UnionParams g, const __grid_constant__ CUtensorMap q_map,
                  const __grid_constant__ CUtensorMap k_map,
                  const __grid_constant__ CUtensorMap v_map) {
@@ -617,12 +623,16 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
   constexpr int kQBytes = 2 * 64 * kDim * 2;
   const std::uint32_t queries = ptx::smem_address(smem);
   const std::uint32_t stages = queries + kQBytes;
-  UnionShared& shared =
-      *reinterpret_cast<UnionShared*>(smem + kQBytes + g.stages * 2 * kBlock * kDim * 2);
+  std::uint8_t* rest = smem + kQBytes + g.stages * 2 * kBlock * kDim * 2;
+  [[maybe_unused]] std::uint8_t* const raw_tiles = rest;
+  if constexpr (kWiden) rest += kRawSlots * kRawTileBytes<kBlock>;
+  [[maybe_unused]] WidenShared& raw = *reinterpret_cast<WidenShared*>(rest);
+  if constexpr (kWiden) rest += sizeof(WidenShared);
+  UnionShared& shared = *reinterpret_cast<UnionShared*>(rest);
   if (threadIdx.x == 0) {
     for (int i = 0; i < g.stages; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&shared.k_full[i]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&shared.v_full[i]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.k_full[i]), kWiden ? kWidenThreads : 1);
+      ptx::mbarrier_init(ptx::smem_address(&shared.v_full[i]), kWiden ? kWidenThreads : 1);
       ptx::mbarrier_init(ptx::smem_address(&shared.k_empty[i]), 8);
       ptx::mbarrier_init(ptx::smem_address(&shared.v_empty[i]), 8);
     }
@@ -634,6 +644,7 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
       ptx::mbarrier_init(ptx::smem_address(&shared.chunk_full[i]), 32);
       ptx::mbarrier_init(ptx::smem_address(&shared.chunk_empty[i]), 1);
     }
+    if constexpr (kWiden) init_raw_barriers(raw);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -641,15 +652,24 @@ __global__ void __launch_bounds__(kUnionThreads, 1)
   if (warp < 4) {
     ptx::decrease_registers<48>();
     if (warp == 0) {
-      if (threadIdx.x == 0) load_keys<kDim, kBlock>(g, shared, stages, k_map, v_map);
+      if (threadIdx.x == 0) {
+        if constexpr (kWiden) {
+          load_raw_keys<kBlock>(shared, raw, ptx::smem_address(raw_tiles), k_map, v_map);
+        } else {
+          load_keys<kDim, kBlock>(g, shared, stages, k_map, v_map);
+        }
+      }
     } else if (warp == 1) {
       plan_unions<kBlock>(g, shared);
     } else if (warp == 2) {
       if (threadIdx.x == 64) load_queries<kDim>(g, shared, queries, q_map);
     }
-  } else {
-    ptx::increase_registers<224>();
-    UnionConsumer<T, kDim, kBlock>(g, shared, queries, stages).run();
+  } else if (warp < 12) {
+    ptx::increase_registers<kWiden ? 208 : 224>();
+    UnionConsumer<T, kDim, kBlock, kWiden>(g, shared, queries, stages).run();
+  } else if constexpr (kWiden) {
+    ptx::decrease_registers<48>();
+    widen_keys<T, kDim, kBlock>(g.stages, shared, raw, raw_tiles, smem + kQBytes);
   }
 }
 

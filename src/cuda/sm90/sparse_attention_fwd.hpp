@@ -42,11 +42,23 @@ inline AttentionTensors tensors_of(const SparseAttentionForward& args) {
   constexpr double kLog2E = 1.4426950408889634;
   g.scale_log2 =
       static_cast<float>(scale_or_default(args.softmax_scale, args.problem.head_dim) * kLog2E);
+  if (args.k_scale.given()) {
+    g.k_scale = static_cast<const float*>(args.k_scale.data);
+    g.k_scale_stride = args.k_scale.stride[0];
+  }
+  if (args.v_scale.given()) {
+    g.v_scale = static_cast<const float*>(args.v_scale.data);
+    g.v_scale_stride = args.v_scale.stride[0];
+  }
   return g;
 }
 
 /// Tokens of cold tiles (of kColdTile tokens) are left to the KV-outer kernel.
 void launch_union_bf16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream);
 void launch_union_f16(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream);
+
+/// The same for e4m3 K and V; no tile is cold.
+void launch_union_bf16_e4m3(const SparseAttentionForward& args, cudaStream_t stream);
+void launch_union_f16_e4m3(const SparseAttentionForward& args, cudaStream_t stream);
 
 }  // namespace msa::cuda::sm90
