@@ -2,10 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "core/scalar.hpp"
 #include "core/tensor.hpp"
+#include "msa/error.hpp"
 #include "msa/ops.hpp"
 
 namespace msa::testing {
