@@ -193,6 +193,34 @@ typedef struct msa_append_kv {
   msa_tensor index_k_scales_pages;
 } msa_append_kv;
 
+typedef struct msa_norm_rope_append_kv {
+  size_t struct_size;
+  const msa_problem* problem;
+  const msa_batch* batch;
+  msa_tensor q;
+  msa_tensor k;
+  msa_tensor v;
+  msa_tensor index_q;
+  msa_tensor index_k;
+  msa_tensor q_weight;
+  msa_tensor k_weight;
+  msa_tensor index_q_weight;
+  msa_tensor index_k_weight;
+  float norm_eps; /* 0: 1e-6 */
+  float norm_weight_offset;
+  msa_tensor cos_sin;
+  msa_tensor positions;
+  msa_tensor q_out;
+  msa_tensor index_q_out;
+  msa_tensor k_pages;
+  msa_tensor v_pages;
+  msa_tensor index_k_pages;
+  msa_tensor index_k_codes_pages;
+  msa_tensor index_k_scales_pages;
+  msa_tensor k_scale;
+  msa_tensor v_scale;
+} msa_norm_rope_append_kv;
+
 /* A checked request bound to one implementation of one operation. */
 typedef struct msa_plan msa_plan;
 
@@ -213,6 +241,8 @@ MSA_API msa_status msa_plan_indexer_kl_backward(const msa_indexer_kl_backward* a
                                                 const msa_options* options, msa_plan** plan);
 MSA_API msa_status msa_plan_append_kv(const msa_append_kv* args, const msa_options* options,
                                       msa_plan** plan);
+MSA_API msa_status msa_plan_norm_rope_append_kv(const msa_norm_rope_append_kv* args,
+                                                const msa_options* options, msa_plan** plan);
 
 MSA_API size_t msa_plan_workspace_bytes(const msa_plan* plan);
 MSA_API const char* msa_plan_implementation(const msa_plan* plan);
@@ -244,6 +274,9 @@ MSA_API msa_status msa_run_indexer_kl_backward(const msa_plan* plan,
                                                size_t workspace_bytes, void* stream);
 MSA_API msa_status msa_run_append_kv(const msa_plan* plan, const msa_append_kv* args,
                                      void* workspace, size_t workspace_bytes, void* stream);
+MSA_API msa_status msa_run_norm_rope_append_kv(const msa_plan* plan,
+                                               const msa_norm_rope_append_kv* args, void* workspace,
+                                               size_t workspace_bytes, void* stream);
 
 /* Text of this thread's last failure, "" if none; valid until the thread's next call. */
 MSA_API const char* msa_last_error(void);

@@ -197,6 +197,51 @@ struct AppendKv {
                                       ///< index_k_codes_pages.
 };
 
+/// What a serving engine does between the projections and the Indexer, in one pass: RMSNorm of each
+/// head, rotary position embedding, quantisation, and AppendKv. Each (input, output) pair is
+/// optional, but one of k, v and index_k is given. v is neither normed nor rotated. Places of new
+/// tokens are those of AppendKv: q and index_q of a token without a page are still written. Of a
+/// token before position 0, or whose rotary position lies outside the table, nothing is written.
+///
+/// All arithmetic is f32, each operation rounded, none fused, so that backends agree bit by bit
+/// (NaN payloads aside); only outputs are rounded to their dtype. With x the dim elements of a
+/// head:
+///   s[l] = sum of x[d]^2 over d with d / 4 % 32 = l, in ascending order;
+///   s[l] += s[l ^ o] for all l at once, o = 16, 8, 4, 2, 1;   r = 1 / sqrt(s[0] / dim + norm_eps)
+///   y[d] = (x[d] * r) * (weight[d] + norm_weight_offset)              without a weight: y = x
+///   out[i] = y[i] * cos[i] - y[i + h] * sin[i],  out[i + h] = y[i + h] * cos[i] + y[i] * sin[i]
+/// for i < h = rotary_dim / 2 (rotate-half layout); elements from rotary_dim on stay y. e4m3 K and
+/// V hold out / scale, saturated to +-448; e4m3 index keys and index_q have no scale.
+struct NormRopeAppendKv {
+  Problem problem{};
+  Batch batch{};                ///< page_table and seq_lens_k are required.
+  TensorView q{};               ///< [total_q, num_q_heads, head_dim]; inputs are f32, f16 or bf16.
+  TensorView k{};               ///< [total_q, num_kv_heads, head_dim]
+  TensorView v{};               ///< [total_q, num_kv_heads, head_dim]
+  TensorView index_q{};         ///< [total_q, num_kv_heads, index_dim]
+  TensorView index_k{};         ///< [total_q, 1, index_dim]
+  TensorView q_weight{};        ///< [head_dim], f32, f16 or bf16; optional: q is not normed.
+  TensorView k_weight{};        ///< [head_dim]; optional.
+  TensorView index_q_weight{};  ///< [index_dim]; optional.
+  TensorView index_k_weight{};  ///< [index_dim]; optional.
+  float norm_eps = 1e-6f;       ///< Added to the mean of squares.
+  float norm_weight_offset = 0.0f;   ///< 1 for weights trained as 1 + weight (Gemma, MiniMax-M3).
+  TensorView cos_sin{};              ///< [max_positions, rotary_dim], f32, f16 or bf16: cosines of
+                                     ///< rotary_dim / 2 angles, then sines. Optional: no rotation.
+  TensorView positions{};            ///< i32 [total_q], rows of cos_sin; optional: the positions at
+                                     ///< which tokens are appended.
+  TensorView q_out{};                ///< Shaped like q, and may be q itself.
+  TensorView index_q_out{};          ///< Shaped like index_q, and may be index_q itself.
+  TensorView k_pages{};              ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView v_pages{};              ///< [num_pages, num_kv_heads, block_size, head_dim]
+  TensorView index_k_pages{};        ///< [num_pages, 1, block_size, index_dim]
+  TensorView index_k_codes_pages{};  ///< As in AppendKv.
+  TensorView index_k_scales_pages{};  ///< As in AppendKv.
+  TensorView k_scale{};  ///< f32 [num_kv_heads], as in SparseAttentionForward: what elements of
+                         ///< e4m3 k_pages are later multiplied by, so keys are divided by it.
+  TensorView v_scale{};  ///< The same for v_pages.
+};
+
 /// A CUDA stream (cudaStream_t) for device tensors; ignored for host tensors.
 struct Stream {
   void* handle = nullptr;
@@ -246,5 +291,6 @@ class MSA_API Plan {
                                                          const Options& = {});
 [[nodiscard]] MSA_API Plan<IndexerKlBackward> plan(const IndexerKlBackward&, const Options& = {});
 [[nodiscard]] MSA_API Plan<AppendKv> plan(const AppendKv&, const Options& = {});
+[[nodiscard]] MSA_API Plan<NormRopeAppendKv> plan(const NormRopeAppendKv&, const Options& = {});
 
 }  // namespace msa

@@ -21,7 +21,7 @@ struct msa_plan {
   std::variant<msa::Plan<msa::IndexerScores>, msa::Plan<msa::SelectTopK>, msa::Plan<msa::Indexer>,
                msa::Plan<msa::SparseAttentionForward>, msa::Plan<msa::DenseAttentionForward>,
                msa::Plan<msa::SparseAttentionBackward>, msa::Plan<msa::IndexerKlBackward>,
-               msa::Plan<msa::AppendKv>>
+               msa::Plan<msa::AppendKv>, msa::Plan<msa::NormRopeAppendKv>>
       plan;
 };
 
@@ -217,6 +217,34 @@ msa::AppendKv to_cpp(const msa_append_kv* given) {
           .index_k_scales_pages = to_cpp(c.index_k_scales_pages, "index_k_scales_pages")};
 }
 
+msa::NormRopeAppendKv to_cpp(const msa_norm_rope_append_kv* given) {
+  const auto c = copy_struct(given, "msa_norm_rope_append_kv");
+  return {.problem = to_cpp(c.problem),
+          .batch = to_cpp(c.batch),
+          .q = to_cpp(c.q, "q"),
+          .k = to_cpp(c.k, "k"),
+          .v = to_cpp(c.v, "v"),
+          .index_q = to_cpp(c.index_q, "index_q"),
+          .index_k = to_cpp(c.index_k, "index_k"),
+          .q_weight = to_cpp(c.q_weight, "q_weight"),
+          .k_weight = to_cpp(c.k_weight, "k_weight"),
+          .index_q_weight = to_cpp(c.index_q_weight, "index_q_weight"),
+          .index_k_weight = to_cpp(c.index_k_weight, "index_k_weight"),
+          .norm_eps = c.norm_eps != 0.0f ? c.norm_eps : 1e-6f,
+          .norm_weight_offset = c.norm_weight_offset,
+          .cos_sin = to_cpp(c.cos_sin, "cos_sin"),
+          .positions = to_cpp(c.positions, "positions"),
+          .q_out = to_cpp(c.q_out, "q_out"),
+          .index_q_out = to_cpp(c.index_q_out, "index_q_out"),
+          .k_pages = to_cpp(c.k_pages, "k_pages"),
+          .v_pages = to_cpp(c.v_pages, "v_pages"),
+          .index_k_pages = to_cpp(c.index_k_pages, "index_k_pages"),
+          .index_k_codes_pages = to_cpp(c.index_k_codes_pages, "index_k_codes_pages"),
+          .index_k_scales_pages = to_cpp(c.index_k_scales_pages, "index_k_scales_pages"),
+          .k_scale = to_cpp(c.k_scale, "k_scale"),
+          .v_scale = to_cpp(c.v_scale, "v_scale")};
+}
+
 template <class CArgs>
 msa_status make_plan(const CArgs* args, const msa_options* options, msa_plan** plan) {
   return guarded([&] {
@@ -268,6 +296,7 @@ MSA_C_OPERATION(dense_attention_forward)
 MSA_C_OPERATION(sparse_attention_backward)
 MSA_C_OPERATION(indexer_kl_backward)
 MSA_C_OPERATION(append_kv)
+MSA_C_OPERATION(norm_rope_append_kv)
 #undef MSA_C_OPERATION
 
 size_t msa_plan_workspace_bytes(const msa_plan* plan) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/operation.hpp"
 
+#include <algorithm>
 #include <bit>
 
 #include "core/check.hpp"
@@ -327,6 +328,83 @@ void validate(const AppendKv& args) {
   check_pair("v", args.v, "v_pages", args.v_pages, kv_heads, {"head_dim", p.head_dim});
   check_pair("index_k", args.index_k, "index_k_pages", args.index_k_pages, {"index key heads", 1},
              {"index_dim", p.index_dim});
+  check_codes(op, p, "index_k_codes_pages", args.index_k_codes_pages, "index_k_scales_pages",
+              args.index_k_scales_pages, "index_k_pages", args.index_k_pages);
+  check_batch(op, args.batch, tokens, true);
+  check_devices(op, args);
+}
+
+void validate(const NormRopeAppendKv& args) {
+  const char* op = operation_name(args);
+  const Problem& p = args.problem;
+  check_problem(op, p);
+  MSA_CHECK(args.k.given() || args.v.given() || args.index_k.given(), op,
+            ": none of k, v and index_k is given, so there is nothing to append");
+  const std::int64_t tokens = total_q(args);
+  const std::int64_t pages = key_tensor(args).shape[0];
+  const std::initializer_list<DType> rows_dtypes = {DType::f32, DType::f16, DType::bf16};
+  const std::initializer_list<DType> cache_dtypes = {DType::f32, DType::f16, DType::bf16,
+                                                     DType::e4m3};
+  const auto check_rows = [&](const char* name, const TensorView& rows, const char* to_name,
+                              const TensorView& to, Dim heads, Dim dim) {
+    MSA_CHECK(rows.given() == to.given(), op, ": ", name, " and ", to_name,
+              " must be given together");
+    if (rows.given()) check_tensor(op, name, rows, rows_dtypes, {{"total_q", tokens}, heads, dim});
+  };
+  const auto check_pages = [&](const char* name, const TensorView& cache, Dim heads, Dim dim) {
+    if (!cache.given()) return;
+    check_tensor(op, name, cache, cache_dtypes,
+                 {{"num_pages", pages}, heads, {"block_size", p.block_size}, dim});
+  };
+  const auto check_weight = [&](const char* name, const TensorView& weight, const char* rows_name,
+                                const TensorView& rows, Dim dim) {
+    if (!weight.given()) return;
+    MSA_CHECK(rows.given(), op, ": ", name, " is given without ", rows_name);
+    check_tensor(op, name, weight, rows_dtypes, {dim});
+  };
+  const Dim q_heads{"num_q_heads", p.num_q_heads};
+  const Dim kv_heads{"num_kv_heads", p.num_kv_heads};
+  const Dim one{"index key heads", 1};
+  const Dim dim{"head_dim", p.head_dim};
+  const Dim index_dim{"index_dim", p.index_dim};
+  check_rows("k", args.k, "k_pages", args.k_pages, kv_heads, dim);
+  check_rows("v", args.v, "v_pages", args.v_pages, kv_heads, dim);
+  check_rows("index_k", args.index_k, "index_k_pages", args.index_k_pages, one, index_dim);
+  check_rows("q", args.q, "q_out", args.q_out, q_heads, dim);
+  check_rows("index_q", args.index_q, "index_q_out", args.index_q_out, kv_heads, index_dim);
+  if (args.q_out.given()) {
+    check_tensor(op, "q_out", args.q_out, rows_dtypes, {{"total_q", tokens}, q_heads, dim});
+  }
+  if (args.index_q_out.given()) {
+    check_tensor(op, "index_q_out", args.index_q_out, cache_dtypes,
+                 {{"total_q", tokens}, kv_heads, index_dim});
+  }
+  check_pages("k_pages", args.k_pages, kv_heads, dim);
+  check_pages("v_pages", args.v_pages, kv_heads, dim);
+  check_pages("index_k_pages", args.index_k_pages, one, index_dim);
+  check_weight("q_weight", args.q_weight, "q", args.q, dim);
+  check_weight("k_weight", args.k_weight, "k", args.k, dim);
+  check_weight("index_q_weight", args.index_q_weight, "index_q", args.index_q, index_dim);
+  check_weight("index_k_weight", args.index_k_weight, "index_k", args.index_k, index_dim);
+  MSA_CHECK(args.norm_eps >= 0.0f, op, ": norm_eps is ", args.norm_eps, ", expected >= 0");
+  if (args.cos_sin.given()) {
+    check_tensor(op, "cos_sin", args.cos_sin, rows_dtypes,
+                 {{"max_positions", kAny}, {"rotary_dim", kAny}});
+    const std::int64_t rotary_dim = args.cos_sin.shape[1];
+    const bool heads = args.q.given() || args.k.given();
+    const bool index = args.index_q.given() || args.index_k.given();
+    const std::int64_t most =
+        std::min(heads ? p.head_dim : kLargestDim, index ? p.index_dim : kLargestDim);
+    MSA_CHECK(rotary_dim >= 2 && rotary_dim % 2 == 0 && rotary_dim <= most, op,
+              ": cos_sin has rotary_dim ", rotary_dim, ", expected an even number from 2 to ",
+              most);
+  }
+  if (args.positions.given()) {
+    MSA_CHECK(args.cos_sin.given(), op, ": positions is given without cos_sin");
+    check_tensor(op, "positions", args.positions, kIds, {{"total_q", tokens}});
+  }
+  check_scale(op, p, "k_scale", args.k_scale, "k_pages", args.k_pages);
+  check_scale(op, p, "v_scale", args.v_scale, "v_pages", args.v_pages);
   check_codes(op, p, "index_k_codes_pages", args.index_k_codes_pages, "index_k_scales_pages",
               args.index_k_scales_pages, "index_k_pages", args.index_k_pages);
   check_batch(op, args.batch, tokens, true);

@@ -25,6 +25,7 @@ constexpr const char* operation_name(const SparseAttentionBackward&) {
 }
 constexpr const char* operation_name(const IndexerKlBackward&) { return "IndexerKlBackward"; }
 constexpr const char* operation_name(const AppendKv&) { return "AppendKv"; }
+constexpr const char* operation_name(const NormRopeAppendKv&) { return "NormRopeAppendKv"; }
 
 /// Calls visit(name, view, use) for every tensor field, Batch first.
 template <class Visit>
@@ -126,6 +127,31 @@ void for_each_tensor(const AppendKv& args, Visit visit) {
   visit("index_k_scales_pages", args.index_k_scales_pages, Use::output);
 }
 
+template <class Visit>
+void for_each_tensor(const NormRopeAppendKv& args, Visit visit) {
+  for_each_tensor(args.batch, visit);
+  visit("q", args.q, Use::input);
+  visit("k", args.k, Use::input);
+  visit("v", args.v, Use::input);
+  visit("index_q", args.index_q, Use::input);
+  visit("index_k", args.index_k, Use::input);
+  visit("q_weight", args.q_weight, Use::input);
+  visit("k_weight", args.k_weight, Use::input);
+  visit("index_q_weight", args.index_q_weight, Use::input);
+  visit("index_k_weight", args.index_k_weight, Use::input);
+  visit("cos_sin", args.cos_sin, Use::input);
+  visit("positions", args.positions, Use::input);
+  visit("q_out", args.q_out, Use::output);
+  visit("index_q_out", args.index_q_out, Use::output);
+  visit("k_pages", args.k_pages, Use::output);
+  visit("v_pages", args.v_pages, Use::output);
+  visit("index_k_pages", args.index_k_pages, Use::output);
+  visit("index_k_codes_pages", args.index_k_codes_pages, Use::output);
+  visit("index_k_scales_pages", args.index_k_scales_pages, Use::output);
+  visit("k_scale", args.k_scale, Use::input);
+  visit("v_scale", args.v_scale, Use::input);
+}
+
 /// Throw Error(invalid_argument) naming the field, its shape and the expected one.
 void validate(const IndexerScores&);
 void validate(const SelectTopK&);
@@ -135,32 +161,28 @@ void validate(const DenseAttentionForward&);
 void validate(const SparseAttentionBackward&);
 void validate(const IndexerKlBackward&);
 void validate(const AppendKv&);
+void validate(const NormRopeAppendKv&);
 
 /// The number of packed queries of a validated request.
 template <class Args>
 std::int64_t total_q(const Args& args) {
-  if constexpr (requires { args.q; }) {
-    return args.q.shape[0];
-  } else if constexpr (requires { args.index_q; }) {
-    return args.index_q.shape[0];
-  } else if constexpr (requires { args.block_scores; }) {
-    return args.block_scores.shape[1];
-  } else {
+  if constexpr (requires { args.k_pages; }) {
     return args.k.given()   ? args.k.shape[0]
            : args.v.given() ? args.v.shape[0]
                             : args.index_k.shape[0];
+  } else if constexpr (requires { args.q; }) {
+    return args.q.shape[0];
+  } else if constexpr (requires { args.index_q; }) {
+    return args.index_q.shape[0];
+  } else {
+    return args.block_scores.shape[1];
   }
 }
 
 /// The tensor whose leading axis holds the keys (or pages); rank 0 where the operation reads none.
 template <class Args>
 TensorView key_tensor(const Args& args) {
-  if constexpr (requires {
-                  args.index_q;
-                  args.q;
-                }) {
-    return args.k;
-  } else if constexpr (requires { args.k_pages; }) {
+  if constexpr (requires { args.k_pages; }) {
     return args.k_pages.given()   ? args.k_pages
            : args.v_pages.given() ? args.v_pages
                                   : args.index_k_pages;

@@ -27,5 +27,6 @@ extern const detail::Implementation<Indexer> kIndexer;
 extern const detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const detail::Implementation<DenseAttentionForward> kDenseAttentionForward;
 extern const detail::Implementation<AppendKv> kAppendKv;
+extern const detail::Implementation<NormRopeAppendKv> kNormRopeAppendKv;
 
 }  // namespace msa::cpu

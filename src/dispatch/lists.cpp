@@ -50,6 +50,11 @@ constexpr List<AppendKv> kAppendKv[] = {
     &cuda::generic::kAppendKv,
 #endif
     &cpu::kAppendKv, &reference::kAppendKv};
+constexpr List<NormRopeAppendKv> kNormRopeAppendKv[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kNormRopeAppendKv,
+#endif
+    &cpu::kNormRopeAppendKv, &reference::kNormRopeAppendKv};
 
 }  // namespace
 
@@ -84,6 +89,10 @@ std::span<const List<IndexerKlBackward>> implementations_of() {
 template <>
 std::span<const List<AppendKv>> implementations_of() {
   return kAppendKv;
+}
+template <>
+std::span<const List<NormRopeAppendKv>> implementations_of() {
+  return kNormRopeAppendKv;
 }
 
 }  // namespace msa::dispatch

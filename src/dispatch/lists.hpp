@@ -22,6 +22,7 @@ void for_each_operation(Visit visit) {
   visit(SparseAttentionBackward{});
   visit(IndexerKlBackward{});
   visit(AppendKv{});
+  visit(NormRopeAppendKv{});
 }
 
 }  // namespace msa::dispatch

@@ -90,7 +90,7 @@ void Plan<Args>::run(const Args& args, std::span<std::byte> workspace, Stream st
   MSA_CHECK(workspace_bytes_ == 0 || reinterpret_cast<std::uintptr_t>(workspace.data()) % 64 == 0,
             "run(", operation, "): workspace is not aligned to 64 bytes");
   // Both walks visit the same fields in the same order.
-  constexpr std::size_t kMaxTensors = 16;
+  constexpr std::size_t kMaxTensors = 32;
   std::array<TensorView, kMaxTensors> planned{};
   std::size_t count = 0;
   core::for_each_tensor(
@@ -124,6 +124,7 @@ MSA_INSTANTIATE(DenseAttentionForward)
 MSA_INSTANTIATE(SparseAttentionBackward)
 MSA_INSTANTIATE(IndexerKlBackward)
 MSA_INSTANTIATE(AppendKv)
+MSA_INSTANTIATE(NormRopeAppendKv)
 #undef MSA_INSTANTIATE
 
 }  // namespace msa

@@ -31,5 +31,6 @@ extern const detail::Implementation<DenseAttentionForward> kDenseAttentionForwar
 extern const detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
 extern const detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
 extern const detail::Implementation<AppendKv> kAppendKv;
+extern const detail::Implementation<NormRopeAppendKv> kNormRopeAppendKv;
 
 }  // namespace msa::reference

@@ -117,6 +117,29 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_append_kv, index_k_pages)}, 544},
                  {{FIELD(msa_append_kv, index_k_codes_pages)}, 648},
                  {{FIELD(msa_append_kv, index_k_scales_pages)}, 752}});
+  EXPECT_EQ(sizeof(msa_norm_rope_append_kv), 2112u);
+  expect_layout({{{FIELD(msa_norm_rope_append_kv, q)}, 24},
+                 {{FIELD(msa_norm_rope_append_kv, k)}, 128},
+                 {{FIELD(msa_norm_rope_append_kv, v)}, 232},
+                 {{FIELD(msa_norm_rope_append_kv, index_q)}, 336},
+                 {{FIELD(msa_norm_rope_append_kv, index_k)}, 440},
+                 {{FIELD(msa_norm_rope_append_kv, q_weight)}, 544},
+                 {{FIELD(msa_norm_rope_append_kv, k_weight)}, 648},
+                 {{FIELD(msa_norm_rope_append_kv, index_q_weight)}, 752},
+                 {{FIELD(msa_norm_rope_append_kv, index_k_weight)}, 856},
+                 {{FIELD(msa_norm_rope_append_kv, norm_eps)}, 960},
+                 {{FIELD(msa_norm_rope_append_kv, norm_weight_offset)}, 964},
+                 {{FIELD(msa_norm_rope_append_kv, cos_sin)}, 968},
+                 {{FIELD(msa_norm_rope_append_kv, positions)}, 1072},
+                 {{FIELD(msa_norm_rope_append_kv, q_out)}, 1176},
+                 {{FIELD(msa_norm_rope_append_kv, index_q_out)}, 1280},
+                 {{FIELD(msa_norm_rope_append_kv, k_pages)}, 1384},
+                 {{FIELD(msa_norm_rope_append_kv, v_pages)}, 1488},
+                 {{FIELD(msa_norm_rope_append_kv, index_k_pages)}, 1592},
+                 {{FIELD(msa_norm_rope_append_kv, index_k_codes_pages)}, 1696},
+                 {{FIELD(msa_norm_rope_append_kv, index_k_scales_pages)}, 1800},
+                 {{FIELD(msa_norm_rope_append_kv, k_scale)}, 1904},
+                 {{FIELD(msa_norm_rope_append_kv, v_scale)}, 2008}});
 }
 
 template <class T>
@@ -140,6 +163,7 @@ TEST(AbiLayout, OperationsBeginAlike) {
   expect_head<msa_sparse_attention_backward>();
   expect_head<msa_indexer_kl_backward>();
   expect_head<msa_append_kv>();
+  expect_head<msa_norm_rope_append_kv>();
   expect_layout({{{FIELD(msa_dense_attention_forward, q)}, 24},
                  {{FIELD(msa_dense_attention_forward, k)}, 128},
                  {{FIELD(msa_dense_attention_forward, v)}, 232},
