@@ -5,11 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "core/index_code.hpp"
 #include "cuda/common/batch.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/support.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/generic/index_code.cuh"
 
 namespace msa::cuda::generic {
 namespace {
@@ -85,15 +85,7 @@ __device__ double element_of(const std::byte* row, DType dtype, int d) {
   }
 }
 
-/// core::bf16_at_least.
-__device__ std::uint16_t least_bf16(double value) {
-  float nearest = __double2float_rn(value);
-  if (static_cast<double>(nearest) < value) nearest = nextafterf(nearest, INFINITY);
-  return static_cast<std::uint16_t>((__float_as_uint(nearest) + 0xffffu) >> 16);
-}
-
-/// core::encode_index_key, operation by operation in double, so that bits agree: squares are summed
-/// in the order of their elements and no product is fused into a sum.
+/// core::encode_index_key by a CTA; squares are summed in the order of their elements.
 __device__ void encode(const AppendPair& keys, const CodePages& to, std::int64_t row,
                        std::int64_t page, std::int64_t offset) {
   __shared__ double values[kThreads];
@@ -121,14 +113,9 @@ __device__ void encode(const AppendPair& keys, const CodePages& to, std::int64_t
     __syncthreads();
     values[thread] = 0.0;
     if (d < keys.dim) {
-      const double element = element_of(key, to.dtype, d);
-      double code = 0.0;
-      if (scale > 0.0) {
-        code = fmin(fmax(rint(element / scale), -core::kMaxIndexCode), core::kMaxIndexCode);
-      }
-      codes[d] = static_cast<std::int8_t>(code);
-      const double rest = __dsub_rn(element, __dmul_rn(scale, code));
-      values[thread] = __dmul_rn(rest, rest);
+      const CodedElement coded_element = code_element(element_of(key, to.dtype, d), scale);
+      codes[d] = coded_element.code;
+      values[thread] = coded_element.square;
     }
     __syncthreads();
     if (thread == 0) {
@@ -138,9 +125,7 @@ __device__ void encode(const AppendPair& keys, const CodePages& to, std::int64_t
   if (thread != 0) return;
   std::uint16_t* const scales =
       to.scales + page * to.scales_page_stride + offset * to.scales_token_stride;
-  scales[0] = scale_bits;
-  scales[1] = coded ? least_bf16(__dmul_rn(__dsqrt_rn(squares), 1.0 + 0x1p-30))
-                    : least_bf16(static_cast<double>(INFINITY));
+  store_scales(scales, scale_bits, coded, squares);
 }
 
 /// Where a new token goes; page -1: nowhere.

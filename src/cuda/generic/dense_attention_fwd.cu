@@ -160,9 +160,7 @@ void launch_attention(const AttentionParams& params, int num_kv_heads, cudaStrea
          .smem_bytes = kSmemBytes<kDim>},
         stream, params);
   };
-  if (params.head_dim <= 64) return start.template operator()<64>();
-  if (params.head_dim <= 128) return start.template operator()<128>();
-  start.template operator()<256>();
+  with_padded_dim(params.head_dim, start);
 }
 
 }  // namespace

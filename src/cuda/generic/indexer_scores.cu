@@ -157,9 +157,7 @@ void launch_scores(const Params& params, dim3 grid, cudaStream_t stream) {
     launch(indexer_scores_kernel<T, kDim>,
            {.grid = grid, .threads = kThreads, .smem_bytes = kSmemBytes<kDim>}, stream, params);
   };
-  if (params.dim <= 64) return start.template operator()<64>();
-  if (params.dim <= 128) return start.template operator()<128>();
-  start.template operator()<256>();
+  with_padded_dim(params.dim, start);
 }
 
 }  // namespace

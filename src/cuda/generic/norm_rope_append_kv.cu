@@ -6,11 +6,11 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include "core/index_code.hpp"
 #include "cuda/common/batch.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/support.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/generic/index_code.cuh"
 
 namespace msa::cuda::generic {
 namespace {
@@ -133,13 +133,6 @@ __device__ __forceinline__ void store_four(const HeadRows& rows, std::int64_t at
   }
 }
 
-/// core::bf16_at_least.
-__device__ std::uint16_t least_bf16(double value) {
-  float nearest = __double2float_rn(value);
-  if (static_cast<double>(nearest) < value) nearest = nextafterf(nearest, INFINITY);
-  return static_cast<std::uint16_t>((__float_as_uint(nearest) + 0xffffu) >> 16);
-}
-
 /// core::encode_index_key by one warp; lane 0 sums squares in the order of their elements.
 __device__ void encode(const NormRopeParams& params, const float* key, int dim, std::int64_t page,
                        std::int64_t slot) {
@@ -165,23 +158,16 @@ __device__ void encode(const NormRopeParams& params, const float* key, int dim, 
     const int d = begin + lane;
     double square = 0.0;
     if (d < dim) {
-      const double element = static_cast<double>(key[d]);
-      double code = 0.0;
-      if (scale > 0.0) {
-        code = fmin(fmax(rint(element / scale), -core::kMaxIndexCode), core::kMaxIndexCode);
-      }
-      codes[d] = static_cast<std::int8_t>(code);
-      const double rest = __dsub_rn(element, __dmul_rn(scale, code));
-      square = __dmul_rn(rest, rest);
+      const CodedElement coded_element = code_element(static_cast<double>(key[d]), scale);
+      codes[d] = coded_element.code;
+      square = coded_element.square;
     }
     for (int i = 0; i < kLanes; ++i) squares = __dadd_rn(squares, __shfl_sync(~0u, square, i));
   }
   if (lane != 0) return;
   std::uint16_t* const scales =
       params.scales + page * params.scales_page_stride + slot * params.scales_token_stride;
-  scales[0] = scale_bits;
-  scales[1] = coded ? least_bf16(__dmul_rn(__dsqrt_rn(squares), 1.0 + 0x1p-30))
-                    : least_bf16(static_cast<double>(INFINITY));
+  store_scales(scales, scale_bits, coded, squares);
 }
 
 __global__ void __launch_bounds__(kWarps* kLanes)

@@ -21,6 +21,15 @@ namespace msa::cuda::generic {
 template <int kDim>
 inline constexpr int kPitch = kDim + 8;
 
+/// Starts a kernel for rows of up to 256 elements: start.template operator()<kDim>() with the
+/// narrowest tile that holds `dim`.
+template <class Start>
+void with_padded_dim(int dim, Start start) {
+  if (dim <= 64) return start.template operator()<64>();
+  if (dim <= 128) return start.template operator()<128>();
+  start.template operator()<256>();
+}
+
 /// How rows of a tensor get into a tile.
 enum class Load : std::uint8_t {
   vectors,   ///< every row starts at a multiple of 16 bytes, its length is one too: cp.async
