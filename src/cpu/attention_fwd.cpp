@@ -3,8 +3,9 @@
 // Sparse and dense attention (paper eq. 8): one kernel, since dense is sparse with every visible
 // block selected. A work item is a tile of neighbouring queries of one KV head. The blocks that any
 // of them selected are visited in ascending order; each is packed once and multiplied with the rows
-// (query, head of the group) that selected it. Softmax is online and in base 2: q is scaled by
-// softmax_scale * log2(e). What a row gets depends on its own blocks only, in ascending order.
+// (query, head of the group) that selected it, or multiplied where it lies if these are few.
+// Softmax is online and in base 2: q is scaled by softmax_scale * log2(e). What a row gets depends
+// on its own blocks only, in ascending order.
 #include <cmath>
 #include <limits>
 
