@@ -6,8 +6,9 @@
     python3 bench/tables.py              # then the tables
 
 Writes bench/results/cpu/ops-gbench-<date>.json, one row per benchmark, and bench/results/cpu/summary.json, flat.
-A row whose times vary by more than 3% (coefficient of variation) runs again, at most twice; the steadiest
-attempt counts. Options of `run`: --allow-dirty takes a work tree with changes, --filter REGEX only some
+A row whose times vary by more than 3% (coefficient of variation), or that ran while the machine gave less
+than 85% of its FMA peak (a virtual machine may lose a core for seconds), runs again, at most twice; the
+steadiest attempt at full speed counts. Options of `run`: --allow-dirty takes a work tree with changes, --filter REGEX only some
 rows (keys without their rows become null), --out FOLDER another folder than bench/results/cpu,
 --repetitions N and --min-time SECONDS per row.
 """
@@ -29,6 +30,7 @@ BENCH = ROOT / "build" / "release" / "bench" / "cpu_ops_bench"
 COMMAND = "python3 bench/cpu_summary.py run"
 MAX_CV = 0.03
 MAX_ATTEMPTS = 3
+MIN_PEAK = 0.85  # Of the run's FMA peak, measured beside each row.
 MAX_LOAD = 0.3
 COUNTERS = ("gflops", "gbytes_per_s", "fraction_of_peak", "fraction_of_bandwidth", "fma_peak_gflops",
             "read_gbytes_per_s", "overlap4", "select_seconds", "attend_seconds")
@@ -122,6 +124,15 @@ def cv(times):
     return statistics.stdev(times) / statistics.mean(times) if len(times) > 1 else 0.0
 
 
+def peak_of(runs):
+    return statistics.median(run.get("fma_peak_gflops", 0.0) for run in runs)
+
+
+def slowed(runs, peak):
+    """Whether the machine was not whole while these repetitions ran."""
+    return "fma_peak_gflops" in runs[0] and peak_of(runs) < MIN_PEAK * peak
+
+
 def row_of(name, runs, attempts):
     times = [run["real_time"] for run in runs]  # ms
     middle = statistics.median(times)
@@ -146,17 +157,20 @@ def measure(arguments):
     attempts = dict.fromkeys(repetitions, 1)
     for _ in range(1, MAX_ATTEMPTS):
         # The time of a ceiling's row is of no interest: its value is the best pass.
+        peak = max(map(peak_of, repetitions.values()))
         unsteady = [name for name, runs in repetitions.items()
-                    if "/" in name and cv([run["real_time"] for run in runs]) > MAX_CV]
+                    if "/" in name and (slowed(runs, peak) or
+                                        cv([run["real_time"] for run in runs]) > MAX_CV)]
         if not unsteady:
             break
-        print(f"cpu_summary: again, for their spread: {', '.join(unsteady)}", flush=True)
+        print(f"cpu_summary: again, for their spread or the machine's: {', '.join(unsteady)}", flush=True)
         pattern = "^(" + "|".join(re.escape(name).replace(r"\-", "-") for name in unsteady) + ")(/iter|/real)"
         again, _ = run_bench(pattern, arguments)
         for name, runs in again.items():
             attempts[name] += 1
             repetitions[name] = min(repetitions[name], runs,
-                                    key=lambda runs: cv([run["real_time"] for run in runs]))
+                                    key=lambda runs: (slowed(runs, peak),
+                                                      cv([run["real_time"] for run in runs])))
     return {
         "schema": "msa.ops-gbench/1",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -199,6 +213,11 @@ def summarize(report, llama_cpp):
     unsteady = [row["name"] for row in report["rows"] if "/" in row["name"] and row["cv"] > MAX_CV]
     if unsteady:
         notes.append(f"spread above 3% in every attempt: {', '.join(unsteady)}")
+    peak = max((row.get("fma_peak_gflops", 0.0) for row in report["rows"]), default=0.0)
+    halved = [row["name"] for row in report["rows"]
+              if "/" in row["name"] and row.get("fma_peak_gflops", peak) < MIN_PEAK * peak]
+    if halved:
+        notes.append(f"below {MIN_PEAK:.0%} of the FMA peak in every attempt: {', '.join(halved)}")
     if report["load_average"] > MAX_LOAD:
         notes.append(f"load average at the start: {report['load_average']:.1f}")
     summary |= {"commit": report["commit"], "date": report["date"], "device": report["device"],
