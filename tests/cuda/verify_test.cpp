@@ -127,6 +127,7 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
     one(backend, SparseAttentionForward{});
     one(backend, DenseAttentionForward{});
     one(backend, AppendKv{});
+    one(backend, NormRopeAppendKv{});
   }
 }
 

@@ -81,6 +81,7 @@ Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed)
   make_index_codes();
   make_block_scores();
   make_block_ids();
+  make_norm_rope();
   for_each_tensor([](const char*, GuardedTensor& tensor) { tensor.seal(); });
 }
 
@@ -250,6 +251,55 @@ void Inputs::make_queries() {
     new_v = filled(spec.dtype, {total_q, p.num_kv_heads, p.head_dim});
     new_index_k = filled(spec.dtype, {total_q, 1, p.index_dim});
   }
+}
+
+/// Last of all: what it draws from random_ moves nothing else.
+void Inputs::make_norm_rope() {
+  if (!supports<NormRopeAppendKv>()) return;
+  const Problem& p = spec.problem;
+  new_q = filled(spec.dtype, {total_q, p.num_q_heads, p.head_dim});
+  new_index_q = filled(spec.dtype, {total_q, p.num_kv_heads, p.index_dim});
+  if (!new_k.given()) {
+    new_k = filled(spec.dtype, {total_q, p.num_kv_heads, p.head_dim});
+    new_v = filled(spec.dtype, {total_q, p.num_kv_heads, p.head_dim});
+    new_index_k = filled(spec.dtype, {total_q, 1, p.index_dim});
+  }
+  q_weight = filled(spec.dtype, {p.head_dim}, 0.3);
+  k_weight = filled(DType::f32, {p.head_dim}, 0.3);
+  index_q_weight = filled(DType::f32, {p.index_dim}, 0.3);
+  index_k_weight = filled(spec.dtype, {p.index_dim}, 0.3);
+  std::int64_t longest = 1;
+  for (const Lengths& lengths : spec.sequences) longest = std::max(longest, lengths.k);
+  const bool rotates = std::min(p.head_dim, p.index_dim) >= 2;
+  const bool given_positions = rotates && spec.seed % 2 == 1;
+  // Half of the smaller head is rotated, in M3 as well; an odd dim leaves one element more.
+  const std::int64_t half = std::max<std::int64_t>(std::min(p.head_dim, p.index_dim) / 4, 1);
+  const std::int64_t rows = given_positions ? longest : std::max<std::int64_t>(longest - 1, 1);
+  if (rotates) {
+    cos_sin = GuardedTensor(DType::f32, {rows, 2 * half}, spec.row_gap, GuardedTensor::kPoison);
+  }
+  for (std::int64_t row = 0; row < rows && rotates; ++row) {
+    for (std::int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(row) *
+                           std::pow(1e4, -static_cast<double>(i) / static_cast<double>(half));
+      core::store(cos_sin.view(), std::cos(angle), row, i);
+      core::store(cos_sin.view(), std::sin(angle), row, half + i);
+    }
+  }
+  if (given_positions) {
+    std::vector<double> numbers(static_cast<std::size_t>(total_q));
+    for (double& number : numbers) number = static_cast<double>(below(random_, rows + 1));
+    if (total_q > 2) numbers[1] = -1.0;  // outside the table, as are those that drew `rows`
+    positions = ints({total_q}, 0, numbers);
+  }
+  const bool nans = spec.values == Values::nans;
+  if ((!nans && spec.values != Values::infinities) || total_q == 0) return;
+  const double special = nans ? kNan : kInf;
+  core::store(new_q.view(), special, total_q - 1, 0, 0);
+  core::store(new_k.view(), -special, total_q - 1, 0, 1 % p.head_dim);
+  core::store(new_v.view(), special, total_q - 1, 0, 0);
+  core::store(new_index_q.view(), special, total_q / 2, 0, 0);
+  core::store(new_index_k.view(), special, total_q - 1, 0, 0);
 }
 
 /// No powers of two, and of another size for every head, so that no mistake in them is hidden.
@@ -428,6 +478,14 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("new k", new_k);
   visit("new v", new_v);
   visit("new index_k", new_index_k);
+  visit("new q", new_q);
+  visit("new index_q", new_index_q);
+  visit("q_weight", q_weight);
+  visit("k_weight", k_weight);
+  visit("index_q_weight", index_q_weight);
+  visit("index_k_weight", index_k_weight);
+  visit("cos_sin", cos_sin);
+  visit("positions", positions);
 }
 
 std::string Inputs::changed() {
@@ -515,11 +573,33 @@ template <>
 AppendKv Inputs::args() {
   return {.problem = spec.problem, .batch = batch, .k = new_k, .v = new_v, .index_k = new_index_k};
 }
+template <>
+NormRopeAppendKv Inputs::args() {
+  return {.problem = spec.problem,
+          .batch = batch,
+          .q = new_q,
+          .k = new_k,
+          .v = new_v,
+          .index_q = new_index_q,
+          .index_k = new_index_k,
+          .q_weight = q_weight,
+          .k_weight = k_weight,
+          .index_q_weight = index_q_weight,
+          .index_k_weight = index_k_weight,
+          .norm_weight_offset = spec.seed % 3 == 0 ? 0.0f : 1.0f,
+          .cos_sin = cos_sin,
+          .positions = positions,
+          .k_scale = of_all_heads(k_scale),
+          .v_scale = of_all_heads(v_scale)};
+}
 
 template <class Args>
 bool Inputs::supports() const {
-  if constexpr (requires(Args a) { a.k_pages; }) {
-    return spec.keys != Keys::ragged && spec.keys != Keys::shared_pages && spec.fp8 == Fp8::none;
+  const bool own_pages = spec.keys != Keys::ragged && spec.keys != Keys::shared_pages;
+  if constexpr (requires(Args a) { a.q_out; }) {
+    return own_pages && spec.dtype != DType::f64 && !is_large();
+  } else if constexpr (requires(Args a) { a.k_pages; }) {
+    return own_pages && spec.fp8 == Fp8::none;
   } else if constexpr (requires(Args a) { a.dq; } || requires(Args a) { a.dindex_q; }) {
     return spec.keys == Keys::ragged && spec.fp8 == Fp8::none;
   } else if constexpr (requires(Args a) {
@@ -546,6 +626,11 @@ Outputs::Outputs(const Inputs& inputs, Args& args, bool wide) {
   const auto add_like = [&](const char* name, TensorView& field, const TensorView& like) {
     add(name, field, element, {like.shape.begin(), like.shape.begin() + like.rank});
   };
+  if constexpr (requires { args.q_out; }) {
+    add_like("q_out", args.q_out, args.q);
+    add("index_q_out", args.index_q_out, inputs.index_k.view().dtype,
+        {inputs.total_q, p.num_kv_heads, p.index_dim});
+  }
   if constexpr (requires { args.k_pages; }) {
     const auto copy = [&](const char* name, TensorView& field, const GuardedTensor& pages) {
       tensors_.push_back({name, pages.clone()});
@@ -593,6 +678,19 @@ std::string Outputs::difference(const Outputs& other) const {
   return "";
 }
 
+void Outputs::unify_nans() {
+  for (const Named& named : tensors_) {
+    const TensorView& view = named.tensor;
+    if (view.dtype == DType::i32 || view.dtype == DType::i8) continue;
+    for_each_index(view, [&](const auto& indices) {
+      std::byte* const at = core::address_at(view, offset_at(view, indices));
+      if (std::isnan(core::load_element(at, view.dtype))) {
+        core::store_element(at, view.dtype, kNan);
+      }
+    });
+  }
+}
+
 std::vector<std::span<std::byte>> Outputs::buffers() const {
   std::vector<std::span<std::byte>> all;
   for (const Named& named : tensors_) all.push_back(named.tensor.bytes());
@@ -612,6 +710,7 @@ MSA_INSTANTIATE(DenseAttentionForward)
 MSA_INSTANTIATE(SparseAttentionBackward)
 MSA_INSTANTIATE(IndexerKlBackward)
 MSA_INSTANTIATE(AppendKv)
+MSA_INSTANTIATE(NormRopeAppendKv)
 #undef MSA_INSTANTIATE
 
 }  // namespace msa::testing

@@ -22,8 +22,8 @@ class Inputs {
  public:
   explicit Inputs(const Case& spec);
 
-  /// Backward operations need ragged keys, AppendKv needs pages that sequences don't share, and
-  /// neither takes e4m3.
+  /// Backward operations need ragged keys, AppendKv and NormRopeAppendKv need pages that sequences
+  /// don't share; only the latter and forward operations take e4m3, and it takes no f64.
   template <class Args>
   bool supports() const;
 
@@ -49,7 +49,13 @@ class Inputs {
   GuardedTensor block_ids;
   GuardedTensor dout;
   GuardedTensor out, lse;  ///< The reference's; made when SparseAttentionBackward is asked for.
-  GuardedTensor new_k, new_v, new_index_k;  ///< [total_q, ...], for AppendKv
+  GuardedTensor new_k, new_v, new_index_k;  ///< [total_q, ...], for both appends
+  GuardedTensor new_q, new_index_q;         ///< [total_q, ...], for NormRopeAppendKv, as the rest
+  GuardedTensor q_weight, k_weight;         ///< [head_dim], the second f32
+  GuardedTensor index_q_weight, index_k_weight;  ///< [index_dim], the first f32
+  GuardedTensor cos_sin;    ///< f32 [longest sequence or a little less, rotary_dim], unless a dim
+                            ///< is 1
+  GuardedTensor positions;  ///< i32 [total_q], a few beyond cos_sin; only for odd seeds
   std::int64_t total_q = 0;
   std::int64_t total_k = 0;     ///< Of ragged keys.
   std::int64_t num_blocks = 0;  ///< Columns of block_scores.
@@ -61,6 +67,7 @@ class Inputs {
   TensorView of_all_heads(const GuardedTensor& scales) const;
   void make_index_codes();
   void make_queries();
+  void make_norm_rope();
   void plant_special_values();
   void make_largest_values();
   void make_block_scores();
@@ -98,12 +105,15 @@ template <>
 IndexerKlBackward Inputs::args();
 template <>
 AppendKv Inputs::args();
+template <>
+NormRopeAppendKv Inputs::args();
 
 /// Guarded output tensors for one run. Dtypes: floats as the case; block_scores and lse f32, or f64
-/// where the case is f64; `wide` makes all floats f64, to hold what the reference computes.
+/// where the case is f64; `wide` makes all floats f64, to hold what the reference computes. Pages
+/// have the dtype of their contents, and index_q_out theirs.
 class Outputs {
  public:
-  /// Gives `args` its outputs. AppendKv gets copies of the pages.
+  /// Gives `args` its outputs. Both appends get copies of the pages.
   template <class Args>
   Outputs(const Inputs& inputs, Args& args, bool wide = false);
 
@@ -113,6 +123,8 @@ class Outputs {
   std::string difference(const Outputs& other) const;
   /// The whole memory of every tensor.
   std::vector<std::span<std::byte>> buffers() const;
+  /// Gives every NaN among the elements the same bits.
+  void unify_nans();
 
  private:
   struct Named {

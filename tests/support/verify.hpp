@@ -39,7 +39,7 @@ struct Effort {
 
 /// Checks runs of Args: values, guard bands of outputs and workspace, inputs untouched, all runs
 /// bitwise equal. `backend` is a name as in Options; one of a GPU gets copies of all tensors, gaps
-/// and guard bands included, in its memory. Defined for the forward operations and AppendKv.
+/// and guard bands included, in its memory. Defined for the forward operations and both appends.
 template <class Args>
 Outcome verify(Inputs& inputs, const char* backend, const Effort& effort = {});
 
@@ -52,6 +52,7 @@ void verify_all(Inputs& inputs, const char* backend, Visit visit, const Effort& 
   visit("SparseAttentionForward", verify<SparseAttentionForward>(inputs, backend, effort));
   visit("DenseAttentionForward", verify<DenseAttentionForward>(inputs, backend, effort));
   visit("AppendKv", verify<AppendKv>(inputs, backend, effort));
+  visit("NormRopeAppendKv", verify<NormRopeAppendKv>(inputs, backend, effort));
 }
 
 }  // namespace msa::testing
