@@ -8,6 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "bench/cuda/append.hpp"
 #include "bench/cuda/cases.hpp"
 #include "bench/cuda/ceilings.hpp"
 #include "bench/cuda/decode.hpp"
@@ -141,6 +142,7 @@ void print(const Json& row) {
 std::vector<BenchCase> all_cases() {
   std::vector<BenchCase> cases = gpu_cases();
   for (const BenchCase& decode : decode_cases()) cases.push_back(decode);
+  for (const BenchCase& append : append_cases()) cases.push_back(append);
   return cases;
 }
 
