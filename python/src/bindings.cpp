@@ -80,16 +80,15 @@ void bind_operation(nb::module_& module, const char* name) {
       .def_prop_ro("implementation", &msa::Plan<Args>::implementation)
       .def("run", &run<Args>);
   nb::class_<Request<Args>>(module, name)
-      .def(
-          "__init__",
-          [](Request<Args>* self, const std::array<int, 8>& problem,
-             std::tuple<std::int64_t, std::int64_t> max_seq_lens) {
-            auto* request = new (self) Request<Args>();
-            request->args.problem = {problem[0], problem[1], problem[2], problem[3],
-                                     problem[4], problem[5], problem[6], problem[7]};
-            std::tie(request->args.batch.max_seq_len_q, request->args.batch.max_seq_len_k) =
-                max_seq_lens;
-          })
+      .def("__init__",
+           [](Request<Args>* self, const std::array<int, 8>& problem,
+              std::tuple<std::int64_t, std::int64_t> max_seq_lens) {
+             auto* request = new (self) Request<Args>();
+             request->args.problem = {problem[0], problem[1], problem[2], problem[3],
+                                      problem[4], problem[5], problem[6], problem[7]};
+             std::tie(request->args.batch.max_seq_len_q, request->args.batch.max_seq_len_k) =
+                 max_seq_lens;
+           })
       .def("set_tensor", &set_tensor<Args>)
       .def("set_float", &set_float<Args>)
       .def("plan", &make_plan<Args>)

@@ -20,8 +20,7 @@ void bind_cache(nb::module_& module) {
       .def("fork", &Cache::fork, nb::arg("sequence"), nb::arg("num_tokens"))
       .def(
           "append",
-          [](Cache& cache, std::int64_t sequence,
-             std::int64_t num_tokens) -> std::optional<Copy> {
+          [](Cache& cache, std::int64_t sequence, std::int64_t num_tokens) -> std::optional<Copy> {
             const auto copy = cache.append(sequence, num_tokens);
             if (!copy) return std::nullopt;
             return Copy{copy->source_page, copy->destination_page, copy->num_tokens};

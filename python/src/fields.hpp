@@ -13,7 +13,7 @@ namespace msa_python {
 template <class Owner, class Type>
 struct Field {
   const char* name = nullptr;
-  Type Owner::*member = nullptr;
+  Type Owner::* member = nullptr;
 };
 
 template <class Args>
@@ -61,19 +61,27 @@ struct Fields<msa::Indexer> {
 template <>
 struct Fields<msa::SparseAttentionForward> {
   using A = msa::SparseAttentionForward;
-  static constexpr TensorField<A> tensors[] = {
-      {"q", &A::q},     {"k", &A::k},     {"v", &A::v},
-      {"block_ids", &A::block_ids},       {"out", &A::out},
-      {"lse", &A::lse}, {"k_scale", &A::k_scale}, {"v_scale", &A::v_scale}};
+  static constexpr TensorField<A> tensors[] = {{"q", &A::q},
+                                               {"k", &A::k},
+                                               {"v", &A::v},
+                                               {"block_ids", &A::block_ids},
+                                               {"out", &A::out},
+                                               {"lse", &A::lse},
+                                               {"k_scale", &A::k_scale},
+                                               {"v_scale", &A::v_scale}};
   static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale}};
 };
 
 template <>
 struct Fields<msa::DenseAttentionForward> {
   using A = msa::DenseAttentionForward;
-  static constexpr TensorField<A> tensors[] = {
-      {"q", &A::q},     {"k", &A::k},     {"v", &A::v},       {"out", &A::out},
-      {"lse", &A::lse}, {"k_scale", &A::k_scale}, {"v_scale", &A::v_scale}};
+  static constexpr TensorField<A> tensors[] = {{"q", &A::q},
+                                               {"k", &A::k},
+                                               {"v", &A::v},
+                                               {"out", &A::out},
+                                               {"lse", &A::lse},
+                                               {"k_scale", &A::k_scale},
+                                               {"v_scale", &A::v_scale}};
   static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale}};
 };
 
@@ -81,8 +89,8 @@ template <>
 struct Fields<msa::SparseAttentionBackward> {
   using A = msa::SparseAttentionBackward;
   static constexpr TensorField<A> tensors[] = {
-      {"q", &A::q},     {"k", &A::k},       {"v", &A::v},   {"block_ids", &A::block_ids},
-      {"out", &A::out}, {"lse", &A::lse},   {"dout", &A::dout}, {"dq", &A::dq},
+      {"q", &A::q},     {"k", &A::k},     {"v", &A::v},       {"block_ids", &A::block_ids},
+      {"out", &A::out}, {"lse", &A::lse}, {"dout", &A::dout}, {"dq", &A::dq},
       {"dk", &A::dk},   {"dv", &A::dv}};
   static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale}};
 };
@@ -90,10 +98,14 @@ struct Fields<msa::SparseAttentionBackward> {
 template <>
 struct Fields<msa::IndexerKlBackward> {
   using A = msa::IndexerKlBackward;
-  static constexpr TensorField<A> tensors[] = {
-      {"q", &A::q},       {"k", &A::k},     {"index_q", &A::index_q}, {"index_k", &A::index_k},
-      {"block_ids", &A::block_ids},         {"loss", &A::loss},
-      {"dindex_q", &A::dindex_q},           {"dindex_k", &A::dindex_k}};
+  static constexpr TensorField<A> tensors[] = {{"q", &A::q},
+                                               {"k", &A::k},
+                                               {"index_q", &A::index_q},
+                                               {"index_k", &A::index_k},
+                                               {"block_ids", &A::block_ids},
+                                               {"loss", &A::loss},
+                                               {"dindex_q", &A::dindex_q},
+                                               {"dindex_k", &A::dindex_k}};
   static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale},
                                              {"index_scale", &A::index_scale},
                                              {"loss_coefficient", &A::loss_coefficient}};
@@ -102,42 +114,40 @@ struct Fields<msa::IndexerKlBackward> {
 template <>
 struct Fields<msa::AppendKv> {
   using A = msa::AppendKv;
-  static constexpr TensorField<A> tensors[] = {
-      {"k", &A::k},
-      {"v", &A::v},
-      {"index_k", &A::index_k},
-      {"k_pages", &A::k_pages},
-      {"v_pages", &A::v_pages},
-      {"index_k_pages", &A::index_k_pages},
-      {"index_k_codes_pages", &A::index_k_codes_pages},
-      {"index_k_scales_pages", &A::index_k_scales_pages}};
+  static constexpr TensorField<A> tensors[] = {{"k", &A::k},
+                                               {"v", &A::v},
+                                               {"index_k", &A::index_k},
+                                               {"k_pages", &A::k_pages},
+                                               {"v_pages", &A::v_pages},
+                                               {"index_k_pages", &A::index_k_pages},
+                                               {"index_k_codes_pages", &A::index_k_codes_pages},
+                                               {"index_k_scales_pages", &A::index_k_scales_pages}};
   static constexpr std::array<FloatField<A>, 0> floats{};
 };
 
 template <>
 struct Fields<msa::NormRopeAppendKv> {
   using A = msa::NormRopeAppendKv;
-  static constexpr TensorField<A> tensors[] = {
-      {"q", &A::q},
-      {"k", &A::k},
-      {"v", &A::v},
-      {"index_q", &A::index_q},
-      {"index_k", &A::index_k},
-      {"q_weight", &A::q_weight},
-      {"k_weight", &A::k_weight},
-      {"index_q_weight", &A::index_q_weight},
-      {"index_k_weight", &A::index_k_weight},
-      {"cos_sin", &A::cos_sin},
-      {"positions", &A::positions},
-      {"q_out", &A::q_out},
-      {"index_q_out", &A::index_q_out},
-      {"k_pages", &A::k_pages},
-      {"v_pages", &A::v_pages},
-      {"index_k_pages", &A::index_k_pages},
-      {"index_k_codes_pages", &A::index_k_codes_pages},
-      {"index_k_scales_pages", &A::index_k_scales_pages},
-      {"k_scale", &A::k_scale},
-      {"v_scale", &A::v_scale}};
+  static constexpr TensorField<A> tensors[] = {{"q", &A::q},
+                                               {"k", &A::k},
+                                               {"v", &A::v},
+                                               {"index_q", &A::index_q},
+                                               {"index_k", &A::index_k},
+                                               {"q_weight", &A::q_weight},
+                                               {"k_weight", &A::k_weight},
+                                               {"index_q_weight", &A::index_q_weight},
+                                               {"index_k_weight", &A::index_k_weight},
+                                               {"cos_sin", &A::cos_sin},
+                                               {"positions", &A::positions},
+                                               {"q_out", &A::q_out},
+                                               {"index_q_out", &A::index_q_out},
+                                               {"k_pages", &A::k_pages},
+                                               {"v_pages", &A::v_pages},
+                                               {"index_k_pages", &A::index_k_pages},
+                                               {"index_k_codes_pages", &A::index_k_codes_pages},
+                                               {"index_k_scales_pages", &A::index_k_scales_pages},
+                                               {"k_scale", &A::k_scale},
+                                               {"v_scale", &A::v_scale}};
   static constexpr FloatField<A> floats[] = {{"norm_eps", &A::norm_eps},
                                              {"norm_weight_offset", &A::norm_weight_offset}};
 };

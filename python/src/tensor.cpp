@@ -95,7 +95,8 @@ Tensor import_tensor(nb::object array, const std::string& name, bool writable,
     view.stride[i] = owner.stride(i);
   }
   if (dtype && msa::size_of(view.dtype) * 8 != owner.dtype().bits) {
-    throw nb::value_error((name + ": the bits passed for " + *dtype + " have another size").c_str());
+    throw nb::value_error(
+        (name + ": the bits passed for " + *dtype + " have another size").c_str());
   }
   return {.owner = std::move(owner), .view = view};
 }
@@ -121,10 +122,9 @@ void bind_tensor(nb::module_& module) {
             new (self) Tensor(import_tensor(std::move(array), name, writable, dtype));
           },
           nb::arg("array"), nb::arg("name"), nb::arg("writable"), nb::arg("dtype").none())
-      .def_prop_ro("pointer",
-                   [](const Tensor& self) {
-                     return reinterpret_cast<std::uintptr_t>(self.view.data);
-                   })
+      .def_prop_ro(
+          "pointer",
+          [](const Tensor& self) { return reinterpret_cast<std::uintptr_t>(self.view.data); })
       .def_prop_ro("dtype", [](const Tensor& self) { return msa::name_of(self.view.dtype); })
       .def_prop_ro("num_bytes",
                    [](const Tensor& self) {

@@ -42,25 +42,30 @@ def test_outputs_are_written_in_place(case32):
     assert returned is out and np.isfinite(out).all()
 
 
-def strided(array):
-    """The same values at every third place along the last axis, with the first two axes swapped in memory."""
-    memory = np.full((array.shape[1], array.shape[0], 3 * array.shape[2]), 7, array.dtype)
-    view = memory.swapaxes(0, 1)[:, :, ::3]
+def strided(array, step):
+    """The same values with heads before tokens in memory, and 7 in the gaps: between elements for a step
+    above 1, after each row."""
+    tokens, heads, dim = array.shape
+    memory = np.full((heads, tokens, step * dim + 4), 7, array.dtype)
+    view = memory.swapaxes(0, 1)[:, :, : step * dim : step]
     view[...] = array
     return view
 
 
-def test_strides_change_nothing(case32):
-    q, k, v, index_q, index_k = (
-        strided(x) for x in (case32.q, case32.k, case32.v, case32.index_q, case32.index_k)
-    )
-    ids = msa_cpp.indexer(index_q, index_k, problem=P)
-    np.testing.assert_array_equal(ids, msa_cpp.indexer(case32.index_q, case32.index_k, problem=P))
-    expected, _ = msa_cpp.sparse_attention_forward(case32.q, case32.k, case32.v, ids, problem=P)
-    out = strided(np.zeros_like(expected))
-    msa_cpp.sparse_attention_forward(q, k, v, ids, problem=P, out=out)
+# The CPU backend takes rows whose elements are neighbours and leaves the others to the reference.
+@pytest.mark.parametrize("backend, step", [("reference", 3), ("reference", 1), ("cpu", 1)])
+def test_strides_change_nothing(case32, backend, step):
+    shared = dict(problem=P, backend=backend)
+    plain = (case32.q, case32.k, case32.v, case32.index_q, case32.index_k)
+    q, k, v, index_q, index_k = (strided(x, step) for x in plain)
+    ids = msa_cpp.indexer(index_q, index_k, **shared)
+    np.testing.assert_array_equal(ids, msa_cpp.indexer(*plain[3:], **shared))
+    expected, _ = msa_cpp.sparse_attention_forward(*plain[:3], ids, **shared)
+    out = strided(np.zeros_like(expected), step)
+    msa_cpp.sparse_attention_forward(q, k, v, ids, out=out, **shared)
     np.testing.assert_array_equal(out, expected)
-    gaps = np.delete(out.base, np.s_[::3], axis=2)
+    gaps = out.base.copy()
+    gaps[:, :, : step * 16 : step] = 7
     assert (gaps == 7).all()
 
 

@@ -126,18 +126,19 @@ def test_compile_whole_graph(stage):
 
 def test_autocast_and_bfloat16():
     x = hidden(2, 40, dtype=torch.float32)
-    exact, _ = make(dtype=torch.float32)(x, stage="warmup")
+    module = make(dtype=torch.float32)
+    exact, exact_loss = module(x, stage="warmup")
     with torch.autocast("cpu", torch.bfloat16):
-        module = make(dtype=torch.float32)
         out, loss = module(x, stage="warmup")
     assert out.dtype == torch.bfloat16 and loss.dtype == torch.float32
     (out.float().square().sum() + loss).backward()
     assert module.q_proj.weight.grad.dtype == torch.float32
-    half, _ = make(dtype=torch.bfloat16)(x.bfloat16(), stage="warmup")
-    # A handful of roundings to 8 bits, on outputs of the size of `scale`.
-    scale = exact.abs().max()
-    for other in (out, half):
-        assert (other.float() - exact).abs().max() < 16 * 2.0**-8 * scale
+    half, half_loss = module.bfloat16()(x.bfloat16(), stage="warmup")
+    assert half.dtype == torch.bfloat16
+    # Some ten roundings to 8 bits between input and output, of numbers of the size of the largest.
+    for other, other_loss in ((out, loss), (half, half_loss)):
+        assert (other.float() - exact).abs().max() < 10 * 2.0**-8 * exact.abs().max()
+        assert (other_loss - exact_loss).abs() < 10 * 2.0**-8 * exact_loss
 
 
 def test_rotary_table():

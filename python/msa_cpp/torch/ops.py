@@ -34,6 +34,11 @@ def _attention_problem(q: Tensor, k: Tensor, block_ids: Tensor | None, block_siz
     return Problem(q.shape[1], k.shape[1], q.shape[2], q.shape[2], block_size, top_k)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """With the elements of a row beside each other, as every backend but the reference wants them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
@@ -61,7 +66,9 @@ def _indexer(
     batch = _batch(
         cu_seqlens_q, cu_seqlens_k, page_table, seq_lens_k, max_seq_len_q, max_seq_len_k
     )
-    return functions.indexer(index_q, index_k, problem=problem, batch=batch, backend=backend)
+    return functions.indexer(
+        _rows(index_q), _rows(index_k), problem=problem, batch=batch, backend=backend
+    )
 
 
 @_indexer.register_fake
@@ -95,6 +102,7 @@ def _attention(
         backend=backend,
         deterministic=deterministic,
     )
+    q, k, v = _rows(q), _rows(k), _rows(v)
     if block_ids is None:
         out, lse = functions.dense_attention_forward(q, k, v, **shared)
     else:
@@ -126,9 +134,9 @@ def _attention_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = functions.sparse_attention_backward(
-        q,
-        k,
-        v,
+        _rows(q),
+        _rows(k),
+        _rows(v),
         block_ids,
         out,
         lse,
@@ -204,10 +212,10 @@ def _indexer_kl(
         q.shape[1], k.shape[1], q.shape[2], index_q.shape[2], block_size, top_k
     )
     loss, dindex_q, dindex_k = functions.indexer_kl_backward(
-        q,
-        k,
-        index_q,
-        index_k,
+        _rows(q),
+        _rows(k),
+        _rows(index_q),
+        _rows(index_k),
         block_ids,
         problem=problem,
         batch=Batch(cu_seqlens_q, cu_seqlens_k, None, None, max_seq_len_q, max_seq_len_k),
