@@ -29,6 +29,7 @@ ALLOWED = {
     "src/dispatch": ("msa/", "core/", "reference/", "cpu/", "cuda/"),
     "src/c_api": ("msa/", "core/"),
     "src/model": ("msa/", "core/thread_pool.hpp") + HELPERS,  # one pool for all of a program
+    "python/src": ("msa/",),
     "tools": ANY,
     "examples": ("msa/",),
     "tests/install": ("msa/",),
@@ -41,6 +42,7 @@ EXTERNAL = [
     (r"hwy/", ("src/cpu", "tests/cpu")),
     (r"cuda[A-Za-z0-9_]*\.h|cuda/|cooperative_groups|nv",
      ("src/cuda", "tests/cuda", "tests/support", "bench", "examples")),
+    (r"nanobind/", ("python/src",)),
     (r"nlohmann/", ("src/model", "tools", "tests", "bench")),
     (r"CLI/", ("tools", "bench")),
     (r"pcre2\.h", ("src/model",)),

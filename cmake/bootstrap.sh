@@ -11,7 +11,8 @@ build_packages='
   g++ cmake ninja-build pkg-config
   libhwy-dev libdnnl-dev ocl-icd-opencl-dev libpcre2-dev nlohmann-json3-dev libcli11-dev
   libgtest-dev libbenchmark-dev'
-developer_packages='clang-format-19 clang-tidy-19 clang-19 libclang-rt-19-dev python3 ccache shellcheck git make'
+developer_packages='clang-format-19 clang-tidy-19 clang-19 libclang-rt-19-dev
+  python3 python3-dev python3-venv ccache shellcheck git make'
 
 case "${1:-build}" in
   build) wanted=$build_packages ;;
