@@ -26,6 +26,8 @@ extern const detail::Implementation<SelectTopK> kSelectTopK;
 extern const detail::Implementation<Indexer> kIndexer;
 extern const detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const detail::Implementation<DenseAttentionForward> kDenseAttentionForward;
+extern const detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
+extern const detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
 extern const detail::Implementation<AppendKv> kAppendKv;
 extern const detail::Implementation<NormRopeAppendKv> kNormRopeAppendKv;
 

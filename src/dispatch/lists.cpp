@@ -43,8 +43,9 @@ constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
 #endif
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
 constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
-    &reference::kSparseAttentionBackward};
-constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&reference::kIndexerKlBackward};
+    &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
+constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&cpu::kIndexerKlBackward,
+                                                          &reference::kIndexerKlBackward};
 constexpr List<AppendKv> kAppendKv[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::generic::kAppendKv,

@@ -206,12 +206,14 @@ void Inputs::make_largest_values() {
   double most = std::numeric_limits<float>::max();
   if (spec.dtype == DType::bf16) most = 0x1.fep127;
   if (spec.dtype == DType::f16) most = 65504.0;
+  const DType dtype = v.view().dtype;
+  if (dtype == DType::e4m3) most = 448.0;
   for_each_index(v, [&](const auto& indices) {
     std::byte* const at = core::address_at(v.view(), offset_at(v, indices));
-    const double x = core::load_element(at, spec.dtype);
+    const double x = core::load_element(at, dtype);
     if (std::isnan(x)) return;  // of a token that no sequence has
     const bool positive = indices[static_cast<std::size_t>(v.view().rank - 1)] % 2 == 0 || x > 0.0;
-    core::store_element(at, spec.dtype, (positive ? most : -most) * (1.0 - std::fabs(x) / 70.0));
+    core::store_element(at, dtype, (positive ? most : -most) * (1.0 - std::fabs(x) / 70.0));
   });
 }
 
@@ -554,7 +556,7 @@ SparseAttentionBackward Inputs::args() {
           .q = q,
           .k = k,
           .v = v,
-          .block_ids = block_ids,
+          .block_ids = warm_up ? TensorView{} : block_ids.view(),
           .out = out,
           .lse = lse,
           .dout = dout};
@@ -567,7 +569,7 @@ IndexerKlBackward Inputs::args() {
           .k = k,
           .index_q = index_q,
           .index_k = index_k,
-          .block_ids = block_ids};
+          .block_ids = warm_up ? TensorView{} : block_ids.view()};
 }
 template <>
 AppendKv Inputs::args() {
@@ -601,7 +603,7 @@ bool Inputs::supports() const {
   } else if constexpr (requires(Args a) { a.k_pages; }) {
     return own_pages && spec.fp8 == Fp8::none;
   } else if constexpr (requires(Args a) { a.dq; } || requires(Args a) { a.dindex_q; }) {
-    return spec.keys == Keys::ragged && spec.fp8 == Fp8::none;
+    return spec.keys == Keys::ragged && spec.fp8 == Fp8::none && !is_large();
   } else if constexpr (requires(Args a) {
                          a.block_scores;
                          a.block_ids;

@@ -56,6 +56,7 @@ class Inputs {
   GuardedTensor cos_sin;    ///< f32 [longest sequence or a little less, rotary_dim], unless a dim
                             ///< is 1
   GuardedTensor positions;  ///< i32 [total_q], a few beyond cos_sin; only for odd seeds
+  bool warm_up = false;     ///< Backward operations get no block_ids.
   std::int64_t total_q = 0;
   std::int64_t total_k = 0;     ///< Of ragged keys.
   std::int64_t num_blocks = 0;  ///< Columns of block_scores.

@@ -10,6 +10,7 @@
 #include "msa/error.hpp"
 #include "reference/reference.hpp"
 #include "tests/support/device.hpp"
+#include "tests/support/gradient_bounds.hpp"
 #include "tests/support/judge.hpp"
 #include "tests/support/sample.hpp"
 
@@ -163,6 +164,35 @@ void judge(Inputs& inputs, const NormRopeAppendKv&, Outcome& outcome, Outputs& a
   outcome.detail = actual.difference(outputs);
 }
 
+void take(Outcome& outcome, const char* name, const TensorView& actual, const TensorView& expected,
+          const std::vector<double>& bound) {
+  const Comparison comparison = compare(name, actual, expected, bound, 0.0);
+  take(outcome, {comparison.failure, comparison.max_error, comparison.max_ratio});
+}
+
+void judge(Inputs& inputs, const SparseAttentionBackward& args, const char* backend,
+           Outcome& outcome) {
+  auto exact = inputs.args<SparseAttentionBackward>();
+  const Outputs outputs(inputs, exact, /*wide=*/true);
+  reference::sparse_attention_backward(exact);
+  const AttentionGradientBounds bounds =
+      gradient_bounds(args, arithmetic_of(backend, inputs.spec.dtype));
+  take(outcome, "dq", args.dq, exact.dq, bounds.dq);
+  take(outcome, "dk", args.dk, exact.dk, bounds.dk);
+  take(outcome, "dv", args.dv, exact.dv, bounds.dv);
+}
+
+void judge(Inputs& inputs, const IndexerKlBackward& args, const char* backend, Outcome& outcome) {
+  auto exact = inputs.args<IndexerKlBackward>();
+  const Outputs outputs(inputs, exact, /*wide=*/true);
+  reference::indexer_kl_backward(exact);
+  const IndexGradientBounds bounds =
+      gradient_bounds(args, arithmetic_of(backend, inputs.spec.dtype));
+  take(outcome, "loss", args.loss, exact.loss, bounds.loss);
+  take(outcome, "dindex_q", args.dindex_q, exact.dindex_q, bounds.dindex_q);
+  take(outcome, "dindex_k", args.dindex_k, exact.dindex_k, bounds.dindex_k);
+}
+
 /// By the reference: all rows, or a sample of them and the rest by the CPU backend.
 template <class Args>
 void judge_values(Inputs& inputs, const Args& args, const char* backend, const Effort& effort,
@@ -226,6 +256,8 @@ Outcome verify(Inputs& inputs, const char* backend, const Effort& effort) {
   if (outcome.detail.empty()) {
     if constexpr (requires { judge(inputs, args, outcome, outputs); }) {
       judge(inputs, args, outcome, outputs);
+    } else if constexpr (requires { judge(inputs, args, backend, outcome); }) {
+      judge(inputs, args, backend, outcome);
     } else {
       judge_values(inputs, args, backend, effort, outcome);
     }
@@ -239,6 +271,8 @@ template Outcome verify<SelectTopK>(Inputs&, const char*, const Effort&);
 template Outcome verify<Indexer>(Inputs&, const char*, const Effort&);
 template Outcome verify<SparseAttentionForward>(Inputs&, const char*, const Effort&);
 template Outcome verify<DenseAttentionForward>(Inputs&, const char*, const Effort&);
+template Outcome verify<SparseAttentionBackward>(Inputs&, const char*, const Effort&);
+template Outcome verify<IndexerKlBackward>(Inputs&, const char*, const Effort&);
 template Outcome verify<AppendKv>(Inputs&, const char*, const Effort&);
 template Outcome verify<NormRopeAppendKv>(Inputs&, const char*, const Effort&);
 

@@ -39,7 +39,7 @@ struct Effort {
 
 /// Checks runs of Args: values, guard bands of outputs and workspace, inputs untouched, all runs
 /// bitwise equal. `backend` is a name as in Options; one of a GPU gets copies of all tensors, gaps
-/// and guard bands included, in its memory. Defined for the forward operations and both appends.
+/// and guard bands included, in its memory.
 template <class Args>
 Outcome verify(Inputs& inputs, const char* backend, const Effort& effort = {});
 
@@ -51,6 +51,13 @@ void verify_all(Inputs& inputs, const char* backend, Visit visit, const Effort& 
   visit("Indexer", verify<Indexer>(inputs, backend, effort));
   visit("SparseAttentionForward", verify<SparseAttentionForward>(inputs, backend, effort));
   visit("DenseAttentionForward", verify<DenseAttentionForward>(inputs, backend, effort));
+  // Gradients on the selected blocks, then on the dense support of the warm-up stage.
+  for (const bool warm_up : {false, true}) {
+    inputs.warm_up = warm_up;
+    visit("SparseAttentionBackward", verify<SparseAttentionBackward>(inputs, backend, effort));
+    visit("IndexerKlBackward", verify<IndexerKlBackward>(inputs, backend, effort));
+  }
+  inputs.warm_up = false;
   visit("AppendKv", verify<AppendKv>(inputs, backend, effort));
   visit("NormRopeAppendKv", verify<NormRopeAppendKv>(inputs, backend, effort));
 }
