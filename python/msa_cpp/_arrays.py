@@ -36,6 +36,8 @@ _DTYPES = {
     "int8": "i8",
     "int32": "i32",
 }
+# The same by the libraries' own objects, as they come along.
+_known: dict[Any, str] = {}
 _NAMES = {short: name for name, short in _DTYPES.items()}
 _BITS = {"bf16": np.uint16, "e4m3": np.uint8}
 
@@ -52,12 +54,15 @@ def is_jax(array: object) -> bool:
 
 def dtype_of(name: str, array: Any) -> str:
     """The library's name of an array's element type: "f32", "bf16", ..."""
-    if not hasattr(array, "dtype"):
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
         raise TypeError(f"{name} is a {type(array).__name__}, expected an array with __dlpack__")
-    text = str(array.dtype).rpartition(".")[2]
+    if dtype in _known:
+        return _known[dtype]
+    text = str(dtype).rpartition(".")[2]
     if text not in _DTYPES:
-        raise ValueError(f"{name} has dtype {array.dtype}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[text]
+        raise ValueError(f"{name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+    return _known.setdefault(dtype, _DTYPES[text])
 
 
 def stream_handle(stream: Any) -> int:
@@ -77,7 +82,7 @@ def import_array(name: str, array: Any, *, writable: bool, stream: int | None) -
     """A view of `array`. `stream`: where a CUDA array will be used."""
     dtype = dtype_of(name, array)
     if is_torch(array):
-        from torch.utils.dlpack import to_dlpack
+        from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
         array = array.detach()
         if dtype == "e4m3":
@@ -105,7 +110,7 @@ class Place:
     """Where the arrays of one call live: their library, device and stream."""
 
     def __init__(self, arrays: Iterable[Any], stream: Any = None) -> None:
-        first = next((array for array in arrays if array is not None), None)
+        first: Any = next((array for array in arrays if array is not None), None)
         self.kind = "numpy"
         self.device: Any = None
         self.is_cuda = False
@@ -138,7 +143,8 @@ class Place:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.cuda.device(self.device))
             if self._explicit_stream:
-                external = torch.cuda.ExternalStream(self.stream, device=self.device)
+                external: Any = torch.cuda.ExternalStream
+                external = external(self.stream, device=self.device)
                 stack.enter_context(torch.cuda.stream(external))
             yield
 

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from . import _core
 from ._arrays import Place, import_array
-from .operations import Operation
+from .operations import Operation, Problem
 
+_PROBLEM = tuple(field.name for field in dataclasses.fields(Problem))
 Args = TypeVar("Args", bound=Operation)
 
 
@@ -21,7 +22,7 @@ def bind(args: Operation, place: Place) -> _core.Request:
     """The C++ argument struct."""
     lengths = (args.batch.max_seq_len_q, args.batch.max_seq_len_k)
     request: _core.Request = getattr(_core, type(args).__name__)(
-        dataclasses.astuple(args.problem), lengths
+        tuple(getattr(args.problem, name) for name in _PROBLEM), lengths
     )
     for name, array in args.tensors().items():
         writable = name in args.outputs

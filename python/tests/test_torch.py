@@ -110,7 +110,7 @@ def test_gradients_that_are_not_contiguous(kind):
 
 
 def test_inputs_that_are_not_contiguous():
-    q, k, v, index_q, index_k, _ = layer()
+    q, k, v, *_ = layer()
     expected, _ = msa.dense_attention(q, k, v)
     packed = torch.cat((q, k, v), dim=1)
     out, _ = msa.dense_attention(*packed.split((4, 2, 2), dim=1))
