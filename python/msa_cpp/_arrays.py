@@ -85,6 +85,10 @@ def import_array(name: str, array: Any, *, writable: bool, stream: int | None) -
         from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
         array = array.detach()
+        if array.is_neg():
+            if writable:
+                raise TypeError(f"{name} is written to, but is a negated view of other memory")
+            array = array.resolve_neg()
         if dtype == "e4m3":
             # Not every version of PyTorch exports it.
             import torch
@@ -104,6 +108,18 @@ def import_array(name: str, array: Any, *, writable: bool, stream: int | None) -
         capsule = array.__dlpack__(stream=stream or 1)
         return _core.Tensor(capsule, name, writable, None)
     return _core.Tensor(array, name, writable, None)
+
+
+def import_bytes(name: str, array: Any, stream: int | None) -> _core.Tensor:
+    """A writable view of an array of int8 or uint8."""
+    if getattr(array, "dtype", None) == np.uint8:
+        array = array.view("int8")
+    elif is_torch(array):
+        import torch
+
+        if array.dtype == torch.uint8:
+            array = array.view(torch.int8)
+    return import_array(name, array, writable=True, stream=stream)
 
 
 class Place:

@@ -87,7 +87,10 @@ def test_what_a_plan_refuses(case32):
     with pytest.raises(ValueError, match="planned was"):
         plan.run(request(Case(np.float32, num_queries=100)))
     with pytest.raises(ValueError, match="workspace has 3 bytes"):
-        plan.run(request(case32), workspace=np.empty(3, np.int8))
+        plan.run(request(case32), workspace=np.empty(3, np.uint8))
+    backwards = np.empty(plan.workspace_bytes + 64, np.int8)[::-1]
+    with pytest.raises(ValueError, match="workspace is not contiguous"):
+        plan.run(request(case32), workspace=backwards)
     with pytest.raises(TypeError, match="the plan is one for DenseAttentionForward"):
         plan.run(msa_cpp.Indexer(P))
 

@@ -171,6 +171,23 @@ def test_paged_keys_have_no_gradient():
     assert torch.equal(out, torch.zeros_like(out))
 
 
+def test_workspaces_of_bytes():
+    q, k, v, *_ = layer(dtype=torch.float32, requires_grad=False)
+    problem = msa_cpp.Problem(4, 2, 16, 32, BLOCK, TOP_K)
+    args = msa_cpp.DenseAttentionForward(problem, q=q, k=k, v=v, out=torch.empty_like(q))
+    plan = msa_cpp.plan(args)
+    for dtype in (torch.int8, torch.uint8):
+        args.out.zero_()
+        plan.run(args, workspace=torch.empty(plan.workspace_bytes, dtype=dtype))
+        assert torch.equal(args.out, msa.dense_attention(q, k, v, block_size=BLOCK)[0])
+
+
+def test_negated_views():
+    q, k, v, *_ = layer(requires_grad=False)
+    expected, _ = msa.dense_attention(-q, k, v)
+    assert torch.equal(msa.dense_attention(torch._neg_view(q), k, v)[0], expected)
+
+
 def test_errors_are_python_s():
     q, k, v, *_ = layer()
     with pytest.raises(ValueError, match="num_q_heads"):

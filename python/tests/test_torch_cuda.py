@@ -107,6 +107,13 @@ def test_refusals():
         msa.dense_attention(q, k, v, backend="cpu")
 
 
+def test_workspace_on_another_device():
+    q, k, v, *_ = layer()
+    args = msa_cpp.DenseAttentionForward(PROBLEM, q=q, k=k, v=v, out=torch.empty_like(q))
+    with pytest.raises(ValueError, match="another device"):
+        msa_cpp.plan(args).run(args, workspace=torch.empty(1 << 20, dtype=torch.int8))
+
+
 def slow_copy(x):
     """A copy that takes the GPU some milliseconds to make."""
     noise = torch.randn(4096, 4096, device="cuda")
