@@ -36,6 +36,8 @@ _DTYPES = {
     "int8": "i8",
     "int32": "i32",
 }
+# The same by the libraries' own objects, as they come along.
+_known: dict[Any, str] = {}
 _NAMES = {short: name for name, short in _DTYPES.items()}
 _BITS = {"bf16": np.uint16, "e4m3": np.uint8}
 
@@ -52,12 +54,15 @@ def is_jax(array: object) -> bool:
 
 def dtype_of(name: str, array: Any) -> str:
     """The library's name of an array's element type: "f32", "bf16", ..."""
-    if not hasattr(array, "dtype"):
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
         raise TypeError(f"{name} is a {type(array).__name__}, expected an array with __dlpack__")
-    text = str(array.dtype).rpartition(".")[2]
+    if dtype in _known:
+        return _known[dtype]
+    text = str(dtype).rpartition(".")[2]
     if text not in _DTYPES:
-        raise ValueError(f"{name} has dtype {array.dtype}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[text]
+        raise ValueError(f"{name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+    return _known.setdefault(dtype, _DTYPES[text])
 
 
 def stream_handle(stream: Any) -> int:
@@ -77,9 +82,13 @@ def import_array(name: str, array: Any, *, writable: bool, stream: int | None) -
     """A view of `array`. `stream`: where a CUDA array will be used."""
     dtype = dtype_of(name, array)
     if is_torch(array):
-        from torch.utils.dlpack import to_dlpack
+        from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
         array = array.detach()
+        if array.is_neg():
+            if writable:
+                raise TypeError(f"{name} is written to, but is a negated view of other memory")
+            array = array.resolve_neg()
         if dtype == "e4m3":
             # Not every version of PyTorch exports it.
             import torch
@@ -101,11 +110,23 @@ def import_array(name: str, array: Any, *, writable: bool, stream: int | None) -
     return _core.Tensor(array, name, writable, None)
 
 
+def import_bytes(name: str, array: Any, stream: int | None) -> _core.Tensor:
+    """A writable view of an array of int8 or uint8."""
+    if getattr(array, "dtype", None) == np.uint8:
+        array = array.view("int8")
+    elif is_torch(array):
+        import torch
+
+        if array.dtype == torch.uint8:
+            array = array.view(torch.int8)
+    return import_array(name, array, writable=True, stream=stream)
+
+
 class Place:
     """Where the arrays of one call live: their library, device and stream."""
 
     def __init__(self, arrays: Iterable[Any], stream: Any = None) -> None:
-        first = next((array for array in arrays if array is not None), None)
+        first: Any = next((array for array in arrays if array is not None), None)
         self.kind = "numpy"
         self.device: Any = None
         self.is_cuda = False
@@ -138,7 +159,8 @@ class Place:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.cuda.device(self.device))
             if self._explicit_stream:
-                external = torch.cuda.ExternalStream(self.stream, device=self.device)
+                external: Any = torch.cuda.ExternalStream
+                external = external(self.stream, device=self.device)
                 stack.enter_context(torch.cuda.stream(external))
             yield
 

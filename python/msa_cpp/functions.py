@@ -7,7 +7,7 @@ documented there. Common to all:
   out arguments   given arrays are written to and returned; optional ones can be turned off with False
   backend         name of an implementation, or None for the first that takes the request
   deterministic   bitwise repeatable results only
-  workspace       contiguous int8 array; without one it is allocated for the call
+  workspace       contiguous int8 or uint8 array; without one it is allocated for the call
   stream          a CUDA stream; None: PyTorch's current one, or else the default stream
 
 Outputs are of the library of the first array: PyTorch tensors on its device, JAX arrays, else numpy.

@@ -6,6 +6,7 @@ bfloat16 and (reference backend) float64; float8_e4m3fn where it says so."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -59,11 +60,13 @@ class Operation:
     batch: Batch = field(default_factory=Batch)
 
     @classmethod
+    @functools.cache
     def scalar_names(cls) -> tuple[str, ...]:
         """Names of the fields that are numbers."""
         return tuple(f.name for f in dataclasses.fields(cls) if f.type == "float")
 
     @classmethod
+    @functools.cache
     def tensor_names(cls) -> tuple[str, ...]:
         """Names of the fields that are arrays, those of `batch` excepted."""
         skipped = ("problem", "batch", *cls.scalar_names())

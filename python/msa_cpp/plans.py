@@ -7,9 +7,10 @@ import dataclasses
 from typing import Any, Generic, TypeVar
 
 from . import _core
-from ._arrays import Place, import_array
-from .operations import Operation
+from ._arrays import Place, import_array, import_bytes
+from .operations import Operation, Problem
 
+_PROBLEM = tuple(field.name for field in dataclasses.fields(Problem))
 Args = TypeVar("Args", bound=Operation)
 
 
@@ -21,7 +22,7 @@ def bind(args: Operation, place: Place) -> _core.Request:
     """The C++ argument struct."""
     lengths = (args.batch.max_seq_len_q, args.batch.max_seq_len_k)
     request: _core.Request = getattr(_core, type(args).__name__)(
-        dataclasses.astuple(args.problem), lengths
+        tuple(getattr(args.problem, name) for name in _PROBLEM), lengths
     )
     for name, array in args.tensors().items():
         writable = name in args.outputs
@@ -36,11 +37,8 @@ def run_bound(
 ) -> None:
     if workspace is None:
         workspace = place.workspace(native.workspace_bytes)
-    pointer = num_bytes = 0
-    if workspace is not None:
-        memory = import_array("workspace", workspace, writable=True, stream=place.stream)
-        pointer, num_bytes = memory.pointer, memory.num_bytes
-    native.run(request, pointer, num_bytes, place.stream or 0)
+    memory = None if workspace is None else import_bytes("workspace", workspace, place.stream)
+    native.run(request, memory, place.stream or 0)
 
 
 class Plan(Generic[Args]):
@@ -64,7 +62,7 @@ class Plan(Generic[Args]):
     def run(self, args: Args, *, workspace: Any = None, stream: Any = None) -> None:
         """Runs on `args`, outputs included.
 
-        workspace: a contiguous int8 array of workspace_bytes on the device of `args`; without one it
+        workspace: a contiguous int8 or uint8 array of workspace_bytes on the device of `args`; without one it
             is allocated. stream: a CUDA stream, by default PyTorch's current one for its tensors and
             else the default stream. On a GPU the call returns before the work is done.
         """

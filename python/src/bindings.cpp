@@ -57,12 +57,32 @@ msa::Plan<Args> make_plan(const Request<Args>& request, const std::optional<std:
                                   .deterministic = deterministic});
 }
 
+bool is_contiguous(const msa::TensorView& view) {
+  std::int64_t expected = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    const auto axis = static_cast<std::size_t>(i);
+    if (view.shape[axis] != 1 && view.stride[axis] != expected) return false;
+    expected *= view.shape[axis];
+  }
+  return true;
+}
+
+/// `workspace` may be null where the plan needs none.
 template <class Args>
-void run(const msa::Plan<Args>& plan, const Request<Args>& request, std::uintptr_t workspace,
-         std::size_t workspace_bytes, std::uintptr_t stream) {
+void run(const msa::Plan<Args>& plan, const Request<Args>& request, const Tensor* workspace,
+         std::uintptr_t stream) {
+  std::span<std::byte> memory;
+  if (workspace != nullptr) {
+    const msa::TensorView& view = workspace->view;
+    if (!is_contiguous(view)) throw nb::value_error("workspace is not contiguous");
+    if (!request.tensors.empty() && !(view.device == request.tensors.front().view.device)) {
+      throw nb::value_error("workspace is on another device than the tensors");
+    }
+    const auto count = static_cast<std::size_t>(view.num_elements());
+    memory = {static_cast<std::byte*>(view.data), count * msa::size_of(view.dtype)};
+  }
   nb::gil_scoped_release released;
-  plan.run(request.args, {reinterpret_cast<std::byte*>(workspace), workspace_bytes},
-           {reinterpret_cast<void*>(stream)});
+  plan.run(request.args, memory, {reinterpret_cast<void*>(stream)});
 }
 
 template <class Args>
@@ -78,7 +98,7 @@ void bind_operation(nb::module_& module, const char* name) {
   nb::class_<msa::Plan<Args>>(module, (std::string(name) + "Plan").c_str())
       .def_prop_ro("workspace_bytes", &msa::Plan<Args>::workspace_bytes)
       .def_prop_ro("implementation", &msa::Plan<Args>::implementation)
-      .def("run", &run<Args>);
+      .def("run", &run<Args>, nb::arg("request"), nb::arg("workspace").none(), nb::arg("stream"));
   nb::class_<Request<Args>>(module, name)
       .def("__init__",
            [](Request<Args>* self, const std::array<int, 8>& problem,

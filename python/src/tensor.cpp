@@ -122,17 +122,8 @@ void bind_tensor(nb::module_& module) {
             new (self) Tensor(import_tensor(std::move(array), name, writable, dtype));
           },
           nb::arg("array"), nb::arg("name"), nb::arg("writable"), nb::arg("dtype").none())
-      .def_prop_ro(
-          "pointer",
-          [](const Tensor& self) { return reinterpret_cast<std::uintptr_t>(self.view.data); })
-      .def_prop_ro("dtype", [](const Tensor& self) { return msa::name_of(self.view.dtype); })
-      .def_prop_ro("num_bytes",
-                   [](const Tensor& self) {
-                     return static_cast<std::size_t>(self.view.num_elements()) *
-                            msa::size_of(self.view.dtype);
-                   })
-      .def_prop_ro("is_cuda", [](const Tensor& self) {
-        return self.view.device.type == msa::DeviceType::cuda;
+      .def_prop_ro("pointer", [](const Tensor& self) {
+        return reinterpret_cast<std::uintptr_t>(self.view.data);
       });
   module.def("export_as", &export_as);
 }

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import numpy as np
 import pytest
 
 import msa_cpp
+
+# JAX would otherwise take most of a GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 class Case:

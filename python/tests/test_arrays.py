@@ -159,8 +159,10 @@ def test_stream_of_no_kind(case32):
 
 class TestJax:
     @pytest.fixture
-    def jax(self, monkeypatch):
-        return pytest.importorskip("jax")
+    def jax(self):
+        jax = pytest.importorskip("jax")
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield jax
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_in_and_out(self, jax, case32, dtype):

@@ -110,7 +110,7 @@ def test_gradients_that_are_not_contiguous(kind):
 
 
 def test_inputs_that_are_not_contiguous():
-    q, k, v, index_q, index_k, _ = layer()
+    q, k, v, *_ = layer()
     expected, _ = msa.dense_attention(q, k, v)
     packed = torch.cat((q, k, v), dim=1)
     out, _ = msa.dense_attention(*packed.split((4, 2, 2), dim=1))
@@ -150,6 +150,23 @@ def test_kl_loss_without_gradients():
         assert torch.equal(msa.indexer_kl_loss(q, k, index_q, index_k), expected)
 
 
+def test_gradients_have_the_dtypes_of_inputs():
+    q, k, v, index_q, index_k, _ = layer(dtype=torch.bfloat16)
+    ids = msa.indexer(index_q, index_k, block_size=BLOCK, top_k=TOP_K)
+    out, _ = msa.sparse_attention(q, k, v, ids, block_size=BLOCK)
+    loss = msa.indexer_kl_loss(q, k, index_q, index_k, ids, block_size=BLOCK)
+    assert loss.dtype == torch.float32
+    mask = reference.support(ids, 90, BLOCK)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, index_q, index_k)]
+    expected = reference.attention(*wide[:3], mask)[0].sum()
+    expected = expected + reference.indexer_kl(wide[0].detach(), wide[1].detach(), *wide[3:], mask)
+    got = gradients_of(out.float().sum() + loss, q, k, v, index_q, index_k)
+    for a, b in zip(got, gradients_of(expected, *wide), strict=True):
+        assert a.dtype == torch.bfloat16
+        # out, on which dq and dk depend through a difference, and the result are rounded to 8 bits.
+        assert (a.double() - b).abs().max() <= 4 * 2.0**-8 * b.abs().max()
+
+
 def test_second_derivatives_are_refused():
     q, k, v, *_ = layer()
     (dq,) = torch.autograd.grad(msa.dense_attention(q, k, v)[0].sum(), q, create_graph=True)
@@ -169,6 +186,23 @@ def test_paged_keys_have_no_gradient():
         msa.dense_attention(q, pages, pages, **options)
     out, _ = msa.dense_attention(q.detach(), pages, pages, **options)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_workspaces_of_bytes():
+    q, k, v, *_ = layer(dtype=torch.float32, requires_grad=False)
+    problem = msa_cpp.Problem(4, 2, 16, 32, BLOCK, TOP_K)
+    args = msa_cpp.DenseAttentionForward(problem, q=q, k=k, v=v, out=torch.empty_like(q))
+    plan = msa_cpp.plan(args)
+    for dtype in (torch.int8, torch.uint8):
+        args.out.zero_()
+        plan.run(args, workspace=torch.empty(plan.workspace_bytes, dtype=dtype))
+        assert torch.equal(args.out, msa.dense_attention(q, k, v, block_size=BLOCK)[0])
+
+
+def test_negated_views():
+    q, k, v, *_ = layer(requires_grad=False)
+    expected, _ = msa.dense_attention(-q, k, v)
+    assert torch.equal(msa.dense_attention(torch._neg_view(q), k, v)[0], expected)
 
 
 def test_errors_are_python_s():

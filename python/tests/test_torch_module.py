@@ -202,10 +202,18 @@ def test_against_transformers():
         torch.nn.init.normal_(parameter, std=0.3)
     ours = SparseAttention.from_config(config).double()
     ours.load_state_dict(theirs.state_dict())
-    x = hidden(2, 70)
+    x = hidden(2, 70).requires_grad_()
     positions = torch.arange(70)[None]
     rotary = modeling.MiniMaxM3VLRotaryEmbedding(config)(x, positions)
     expected, _ = theirs(x, rotary, None, position_ids=positions)
     out, _ = ours(x)
-    # Theirs norms and takes the softmax in float32.
+    # Theirs norms and takes the softmax in float32: 2e-7 each, times sums of some tens of terms.
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    names = [f"{part}_proj.weight" for part in "qkvo"] + ["q_norm.weight", "k_norm.weight"]
+    results = []
+    for module, output in ((ours, out), (theirs, expected)):
+        parameters = dict(module.named_parameters())
+        inputs = [x, *(parameters[name] for name in names)]
+        results.append(torch.autograd.grad(output.sin().sum(), inputs))
+    for name, a, b in zip(["x", *names], *results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -202,7 +202,9 @@ class SparseAttention(nn.Module):
             rotary = self.rotary(positions)
 
         q, k, v = self.main_branch(x, rotary)
-        block_ids = index_q = index_k = None
+        block_ids: Tensor | None = None
+        index_q: Any = None
+        index_k: Any = None
         if stage == "sparse" or (stage == "warmup" and with_loss):
             index_q, index_k = self.index_branch(x, rotary)
         if stage == "sparse":

@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import functions
 from ..operations import Batch, Problem
 
-
 # The schemas of custom operators are read from annotations, hence Optional[...] and flat arguments.
 # ruff: noqa: UP045
 
@@ -66,9 +65,10 @@ def _indexer(
     batch = _batch(
         cu_seqlens_q, cu_seqlens_k, page_table, seq_lens_k, max_seq_len_q, max_seq_len_k
     )
-    return functions.indexer(
+    block_ids: Tensor = functions.indexer(
         _rows(index_q), _rows(index_k), problem=problem, batch=batch, backend=backend
     )
+    return block_ids
 
 
 @_indexer.register_fake
@@ -295,7 +295,7 @@ def indexer(
     """
     if page_table is None:
         cu_seqlens_k = _same_lengths(cu_seqlens_q, cu_seqlens_k)
-    return _indexer(
+    block_ids: Tensor = _indexer(
         index_q.detach(),
         index_k.detach(),
         block_size,
@@ -310,6 +310,7 @@ def indexer(
         max_seq_len_k,
         backend,
     )
+    return block_ids
 
 
 def sparse_attention(
@@ -340,7 +341,7 @@ def sparse_attention(
     """
     if page_table is None:
         cu_seqlens_k = _same_lengths(cu_seqlens_q, cu_seqlens_k)
-    return _attention(
+    out, lse = _attention(
         q,
         k,
         v,
@@ -356,6 +357,7 @@ def sparse_attention(
         backend,
         deterministic,
     )
+    return out, lse
 
 
 def dense_attention(
@@ -380,7 +382,7 @@ def dense_attention(
     """
     if page_table is None:
         cu_seqlens_k = _same_lengths(cu_seqlens_q, cu_seqlens_k)
-    return _attention(
+    out, lse = _attention(
         q,
         k,
         v,
@@ -396,6 +398,7 @@ def dense_attention(
         backend,
         deterministic,
     )
+    return out, lse
 
 
 def indexer_kl_loss(
@@ -425,7 +428,7 @@ def indexer_kl_loss(
     Returns a float32 scalar. Gradients are computed in the same pass.
     """
     with_gradients = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
-    loss, _, _ = _indexer_kl(
+    loss: Tensor = _indexer_kl(
         q.detach(),
         k.detach(),
         index_q,
@@ -442,5 +445,5 @@ def indexer_kl_loss(
         with_gradients,
         backend,
         deterministic,
-    )
-    return loss[0]
+    )[0]
+    return loss.squeeze(0)
