@@ -47,20 +47,21 @@ class Phase:
     """A stretch of training at one length of context."""
 
     share: float  # of all steps
-    length: int  # tokens per row; rows per step follow from tokens_per_step
+    length: int  # tokens per row
+    tokens: int  # per step, of all rows
     recall_rows: float  # share of rows with planted facts, the rest is text alone
     planted: float  # share of tokens of such a row that belong to planted facts
 
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 1500
-    tokens_per_step: int = 65536
+    steps: int = 3200
+    # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens.
     phases: tuple[Phase, ...] = (
-        Phase(0.42, 2048, 0.6, 0.5),
-        Phase(0.25, 8192, 0.5, 0.3),
-        Phase(0.23, 32768, 0.5, 0.2),
-        Phase(0.10, 65536, 0.5, 0.2),
+        Phase(0.70, 512, 16384, 0.7, 0.6),
+        Phase(0.15, 4096, 65536, 0.5, 0.4),
+        Phase(0.12, 32768, 65536, 0.5, 0.25),
+        Phase(0.03, 65536, 65536, 0.5, 0.2),
     )
     warmup_share: float = 0.25  # of an MSA run's own steps: dense attention, index branch trained on all tokens
     convert_at: float = 0.6  # where the converted run leaves the GQA run
@@ -100,8 +101,8 @@ PRESETS: dict[str, Preset] = {
             index_dim=32, block_size=16, top_k=4, rotary_dim=16, intermediate_size=128,
         ),
         Schedule(
-            steps=24, tokens_per_step=1024, lr_warmup_steps=4, warmup_share=0.4, convert_at=0.5,
-            phases=(Phase(0.5, 128, 0.5, 0.5), Phase(0.5, 256, 0.5, 0.5)),
+            steps=24, lr_warmup_steps=4, warmup_share=0.4, convert_at=0.5,
+            phases=(Phase(0.5, 128, 1024, 0.5, 0.5), Phase(0.5, 256, 1024, 0.5, 0.5)),
         ),
     ),
 }

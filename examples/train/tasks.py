@@ -197,7 +197,7 @@ class StepDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         phase = self.schedule.phase_of(step)
-        rows = self.schedule.tokens_per_step // phase.length
+        rows = phase.tokens // phase.length
         if rows % self.world:
             raise ValueError(f"{rows} rows of {phase.length} tokens do not divide among {self.world} processes")
         mine = [

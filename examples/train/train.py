@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains one of three models on the same tokens in the same order.
 
-    python examples/train/train.py --data data --out runs --run gqa
-    python examples/train/train.py --data data --out runs --run msa        # warmup, then sparse
-    python examples/train/train.py --data data --out runs --run converted  # from runs/gqa/convert.pt, then likewise
+    python examples/train/train.py --data data --out runs --recipe gqa
+    python examples/train/train.py --data data --out runs --recipe msa        # warmup, then sparse
+    python examples/train/train.py --data data --out runs --recipe converted  # from runs/gqa/convert.pt, then likewise
     torchrun --nproc-per-node 2 examples/train/train.py ... --parallel fsdp
 
 A run goes on from its latest.pt where there is one; --minutes stops it in time, after writing that file. A
@@ -35,7 +35,7 @@ import tasks
 from config import PRESETS, ModelConfig, Schedule, Stage
 from model import Model, attention_operations, compile_parts, initialise
 
-FIELDS = ("step", "stage", "length", "loss", "text", "answer", "accuracy", "kl", "norm", "index_norm", "lr", "tokens_per_s", "seconds")
+FIELDS = ("step", "stage", "length", "loss", "text", "answer", "accuracy", "repeat", "kl", "norm", "index_norm", "lr", "tokens_per_s", "seconds")
 
 
 class Objective(nn.Module):
@@ -47,14 +47,16 @@ class Objective(nn.Module):
         self.register_buffer("weights", torch.tensor(tasks.WEIGHTS), persistent=False)
 
     def head(self, hidden: Tensor, targets: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted loss, and sums over text and answers: [text loss, texts, answer loss, answers right, answers]."""
+        """The weighted loss, and sums over text and answers: [text loss, texts, answer loss, answers
+        right, answers, repetitions right, repetitions]."""
         logits = self.model.logits(hidden)
         losses = F.cross_entropy(logits, targets, reduction="none")
         loss = (losses * self.weights[kinds.long()]).sum() / targets.numel()
         with torch.no_grad():
-            text, answer = (kinds == tasks.TEXT).float(), (kinds == tasks.ANSWER).float()
-            right = (logits.argmax(-1) == targets).float() * answer
-            sums = torch.stack([(losses * text).sum(), text.sum(), (losses * answer).sum(), right.sum(), answer.sum()])
+            text, answer, repeat = ((kinds == kind).float() for kind in (tasks.TEXT, tasks.ANSWER, tasks.REPEAT))
+            right = (logits.argmax(-1) == targets).float()
+            values = (losses * text, text, losses * answer, right * answer, answer, right * repeat, repeat)
+            sums = torch.stack([value.sum() for value in values])
         return loss, sums
 
     def forward(self, ids: Tensor, kinds: Tensor, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +102,7 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.folder = args.out / args.run
+        self.folder = args.out / args.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         model = Model(config, attention_operations(args.attention, self.device))
         initialise(model, schedule.seed)
@@ -123,10 +125,10 @@ class Trainer:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(f"{self.args.run}: {text}", flush=True)
+            print(f"{self.args.recipe}: {text}", flush=True)
 
     def resume(self) -> None:
-        latest, converted = self.folder / "latest.pt", self.args.run == "converted"
+        latest, converted = self.folder / "latest.pt", self.args.recipe == "converted"
         source = latest if latest.exists() else self.args.out / "gqa" / "convert.pt" if converted else None
         if source is None:
             self.say(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, attention by {self.model.ops.__name__}")
@@ -145,7 +147,7 @@ class Trainer:
         state = checkpoint.collect(self.model, self.optimizer)
         if self.rank == 0:
             path = self.folder / name
-            checkpoint.save(path, state, self.config, self.schedule, step=self.step, seconds=self.seconds, run=self.args.run)
+            checkpoint.save(path, state, self.config, self.schedule, step=self.step, seconds=self.seconds, run=self.args.recipe)
 
     def train_step(self, batch: dict[str, Tensor], stage: Stage) -> tuple[Tensor, ...]:
         ids, kinds = (batch[name].to(self.device, non_blocking=True) for name in ("ids", "kinds"))
@@ -193,21 +195,22 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         log = Log(self.folder / "log.csv", self.step) if self.rank == 0 else None
-        mark, mark_step = begin, self.step
+        mark, tokens = begin, 0
         for batch in loader:
             if self.stops(deadline):
                 break
-            if args.run == "gqa" and self.step == schedule.convert_step():
+            if args.recipe == "gqa" and self.step == schedule.convert_step():
                 self.save("convert.pt")
-            phase, stage = schedule.phase_of(self.step), stage_of(args.run, self.step, schedule)
+            phase, stage = schedule.phase_of(self.step), stage_of(args.recipe, self.step, schedule)
             results = self.train_step(batch, stage)
             self.step += 1
+            tokens += phase.tokens
             self.seconds = before + time.monotonic() - begin
             if self.step % args.log_every == 0 or self.step == schedule.steps:
                 numbers = self.reduce(results)
                 now = time.monotonic()
-                speed = (self.step - mark_step) * schedule.tokens_per_step / (now - mark)
-                mark, mark_step = now, self.step
+                speed = tokens / (now - mark)
+                mark, tokens = now, 0
                 row = dict(
                     step=self.step, stage=stage, length=phase.length, **numbers, lr=learning_rate(self.step - 1, schedule),
                     tokens_per_s=round(speed), seconds=round(self.seconds, 1),
@@ -217,7 +220,7 @@ class Trainer:
                 if self.step % (10 * args.log_every) == 0 or self.step == schedule.steps:
                     self.say(
                         f"step {self.step}/{schedule.steps} {stage} length {phase.length}: text {row['text']:.3f} answer "
-                        f"{row['answer']:.3f} right {100 * row['accuracy']:.1f}% kl {row['kl']:.3f} norm {row['norm']:.2f} "
+                        f"{row['answer']:.3f} right {100 * row['accuracy']:.1f}% repeat {100 * row['repeat']:.1f}% kl {row['kl']:.3f} norm {row['norm']:.2f} "
                         f"{speed / 1e3:.0f}K tokens/s {self.seconds:.0f} s"
                     )
         self.save("latest.pt")
@@ -232,10 +235,10 @@ class Trainer:
             for value in (loss, kl):
                 dist.all_reduce(value)
                 value /= self.world
-        text, texts, answer, right, answers = sums.tolist()
+        text, texts, answer, right, answers, repeated, repeats = sums.tolist()
         return {
             "loss": loss.item(), "text": text / max(texts, 1.0), "answer": answer / max(answers, 1.0),
-            "accuracy": right / max(answers, 1.0), "kl": kl.item(), "norm": norm.item(), "index_norm": index_norm.item(),
+            "accuracy": right / max(answers, 1.0), "repeat": repeated / max(repeats, 1.0), "kl": kl.item(), "norm": norm.item(), "index_norm": index_norm.item(),
         }  # fmt: skip
 
 
@@ -265,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of data.py")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
-    parser.add_argument("--run", choices=("gqa", "msa", "converted"), required=True)
+    parser.add_argument("--recipe", choices=("gqa", "msa", "converted"), required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--steps", type=int, default=0, help="another length of the whole schedule")
     parser.add_argument("--lr", type=float, default=0.0, help="another peak learning rate")
@@ -293,7 +296,7 @@ def main(argv: list[str] | None = None) -> bool:
     preset = PRESETS[args.preset]
     meta = json.loads((args.data / "meta.json").read_text())
     config = dataclasses.replace(
-        preset.model, attention="gqa" if args.run == "gqa" else "msa", vocab_size=meta["vocab_size"]
+        preset.model, attention="gqa" if args.recipe == "gqa" else "msa", vocab_size=meta["vocab_size"]
     )
     changes = {key: value for key, value in (("steps", args.steps), ("lr", args.lr)) if value}
     trainer = Trainer(args, config, dataclasses.replace(preset.schedule, **changes))
