@@ -55,16 +55,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 3200
+    steps: int = 3000
     # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens.
     phases: tuple[Phase, ...] = (
-        Phase(0.70, 512, 16384, 0.7, 0.6),
-        Phase(0.15, 4096, 65536, 0.5, 0.4),
-        Phase(0.12, 32768, 65536, 0.5, 0.25),
-        Phase(0.03, 65536, 65536, 0.5, 0.2),
+        Phase(0.35, 256, 16384, 0.7, 0.6),
+        Phase(0.25, 1024, 32768, 0.6, 0.5),
+        Phase(0.20, 4096, 65536, 0.5, 0.4),
+        Phase(0.15, 32768, 65536, 0.5, 0.25),
+        Phase(0.05, 65536, 65536, 0.5, 0.2),
     )
-    warmup_share: float = 0.25  # of an MSA run's own steps: dense attention, index branch trained on all tokens
-    convert_at: float = 0.6  # where the converted run leaves the GQA run
+    # Rows of up to top_k blocks are attended whole in both stages: the run from scratch is sparse from 4096 tokens on.
+    warmup_share: float = 0.35  # of the steps: dense attention, index branch trained on all tokens
+    convert_at: float = 0.7  # where the converted run leaves the GQA run
+    convert_warmup_share: float = 0.25  # of the converted run's own steps
     lr: float = 3e-3
     lr_warmup_steps: int = 100
     final_lr: float = 0.05  # of lr
@@ -101,7 +104,7 @@ PRESETS: dict[str, Preset] = {
             index_dim=32, block_size=16, top_k=4, rotary_dim=16, intermediate_size=128,
         ),
         Schedule(
-            steps=24, lr_warmup_steps=4, warmup_share=0.4, convert_at=0.5,
+            steps=24, lr_warmup_steps=4, warmup_share=0.4, convert_at=0.5, convert_warmup_share=0.4,
             phases=(Phase(0.5, 128, 1024, 0.5, 0.5), Phase(0.5, 256, 1024, 0.5, 0.5)),
         ),
     ),

@@ -30,8 +30,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".cuh", ".cpp", ".cu", ".md", ".rst"}
-# Copies of other packages would carry held-out text into the training set.
-SKIPPED_FOLDERS = {"__pycache__", "_vendor", "vendored", "node_modules", "site-packages", "dist-packages", "idlelib"}
+# Copies of other packages would carry held-out text into the training set; headers of drivers are tables.
+SKIPPED_FOLDERS = {"__pycache__", "_vendor", "vendored", "node_modules", "site-packages", "dist-packages", "nvidia"}
 MAX_FILE = 400_000  # bytes; larger ones are tables
 MAX_LINE = 160  # mean bytes of a line; longer ones are data
 SPECIAL_TOKENS = ["]~!b[", "[e~["]  # begin and end of text, MiniMax's names
@@ -91,7 +91,7 @@ def choose_heldout(sizes: dict[str, int], share: float, smallest: int) -> list[s
     """Middle-sized packages in the order of their names' hashes, until they are `share` of all bytes."""
     total, chosen, size = sum(sizes.values()), [], 0
     for name in sorted(sizes, key=lambda n: hashlib.sha1(n.encode()).hexdigest()):
-        if size < share * total and smallest <= sizes[name] <= 0.05 * total:
+        if size < share * total and smallest <= sizes[name] <= 0.03 * total:
             chosen.append(name)
             size += sizes[name]
     return chosen

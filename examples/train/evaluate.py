@@ -3,9 +3,9 @@
 
     python examples/train/evaluate.py --data data --runs runs --out docs/experiments/summary.json
 
-Reads RUN/latest.pt of each run. Retrieval is counted where every token of the answer is the most likely one:
-    pass key   one statement at a random depth of held-out text, the question at its end, five digits
-    pairs      32 pairs of words in groups, spread over the text; 8 of them asked for at the end
+Reads RUN/latest.pt of each run. Retrieval counts what is the most likely token, at `--trials` rows per length:
+    pass key   one statement at a random depth of held-out text, the question at its end; all five digits right
+    pairs      32 pairs of words in groups, spread over the text, 8 of them asked for at the end; share right
 Block recall and score recall (paper 5.2): of the top_k blocks with the most attention, the share that the
 index branch selects, and the share of those blocks' probability that it catches.
 """
@@ -83,17 +83,19 @@ class Evaluation:
         buckets = {f"{a}-{b}": losses[a:b].mean().item() for a, b in zip(edges[:-1], edges[1:])}
         return {**buckets, "all": losses.mean().item()}
 
-    def right_answers(self, length: int, trials: int, make: Any) -> float:
-        """Share of trials of which all answers are the most likely tokens."""
-        right = 0
+    def right_answers(self, length: int, trials: int, make: Any) -> tuple[float, float]:
+        """Share of rows of which all answers are the most likely tokens, and share of all answers."""
+        rows_right, answers_right = 0.0, 0.0
         for generators in self.batches(length, trials):
             rows, masks = zip(*(make(rng, length) for rng in generators))
             hidden = self.hidden(list(rows))
             for row, mask, states in zip(rows, masks, hidden):
                 answers = np.flatnonzero(mask)
                 logits = self.model.logits(states[torch.from_numpy(answers - 1).to(self.device)])
-                right += bool((logits.argmax(-1).cpu().numpy() == row[answers]).all())
-        return right / trials
+                right = logits.argmax(-1).cpu().numpy() == row[answers]
+                rows_right += right.all()
+                answers_right += right.mean()
+        return rows_right / trials, answers_right / trials
 
     def pass_key_row(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         name = self.planter.name(rng)
@@ -163,8 +165,8 @@ def evaluate(run: str, args: argparse.Namespace, device: torch.device) -> dict[s
     say("loss " + ", ".join(f"{key}: {value:.4f}" for key, value in result["validation_loss"].items()))
     result["pass_key"], result["pairs"] = {}, {}
     for length in args.lengths:
-        result["pass_key"][str(length)] = evaluation.right_answers(length, args.trials, evaluation.pass_key_row)
-        result["pairs"][str(length)] = evaluation.right_answers(length, args.trials, evaluation.pairs_row)
+        result["pass_key"][str(length)], _ = evaluation.right_answers(length, args.trials, evaluation.pass_key_row)
+        _, result["pairs"][str(length)] = evaluation.right_answers(length, args.trials, evaluation.pairs_row)
         say(f"{length} tokens: pass key {result['pass_key'][str(length)]:.3f}, pairs {result['pairs'][str(length)]:.3f}")
     if stage == "sparse":
         result["recall"] = {str(args.recall_length): evaluation.recall(args.recall_length, 4)}
@@ -173,11 +175,18 @@ def evaluate(run: str, args: argparse.Namespace, device: torch.device) -> dict[s
     return result
 
 
+def merge(files: list[pathlib.Path], out: pathlib.Path) -> None:
+    parts = [json.loads(file.read_text()) for file in files]
+    runs = {run: part["runs"][run] for run in RUNS for part in parts if run in part["runs"]}
+    out.write_text(json.dumps({**parts[-1], "runs": runs}, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of data.py")
-    parser.add_argument("--runs", type=pathlib.Path, required=True, help="folder of train.py")
+    parser.add_argument("--data", type=pathlib.Path, help="folder of data.py")
+    parser.add_argument("--runs", type=pathlib.Path, help="folder of train.py")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="summary to write; runs that it has stay")
+    parser.add_argument("--merge", type=pathlib.Path, nargs="+", help="only put these summaries together")
     parser.add_argument("--only", choices=RUNS, action="append", help="this run; several times for several")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--trials", type=int, default=64, help="rows per length and task")
@@ -188,6 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attention", choices=("auto", "msa", "flex", "torch"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.merge:
+        return merge(args.merge, args.out)
+    if args.data is None or args.runs is None:
+        parser.error("--data and --runs are needed")
     device = torch.device(args.device)
     summary = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
     summary["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -69,7 +69,7 @@ def plot_evaluation(summary: dict[str, Any], out: pathlib.Path) -> None:
             layers = range(len(recall["score_recall"]))
             axes[3].plot(layers, recall["score_recall"], "o-", color=colour, label=f"score, {name}", ms=3, lw=1)
             axes[3].plot(layers, recall["block_recall"], "o:", color=colour, label=f"block, {name}", ms=3, lw=1)
-    titles = ("held-out loss by position", "pass key found", "8 of 32 pairs all right", "recall by sparse layer")
+    titles = ("held-out loss by position", "pass key found", "pairs of words found (8 of 32)", "recall by sparse layer")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)

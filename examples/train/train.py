@@ -69,8 +69,10 @@ class Objective(nn.Module):
 def stage_of(run: str, step: int, schedule: Schedule) -> Stage:
     if run == "gqa":
         return "dense"
-    begin = schedule.convert_step() if run == "converted" else 0
-    return "warmup" if step - begin < schedule.warmup_share * (schedule.steps - begin) else "sparse"
+    if run == "msa":
+        return "warmup" if step < schedule.warmup_share * schedule.steps else "sparse"
+    own_steps = schedule.steps - schedule.convert_step()
+    return "warmup" if step - schedule.convert_step() < schedule.convert_warmup_share * own_steps else "sparse"
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
