@@ -40,6 +40,9 @@ TEST(CpuBackend, RunAllocatesNothing) {
   expect_run_allocates_nothing<SparseAttentionForward>(inputs);
   expect_run_allocates_nothing<DenseAttentionForward>(inputs);
   expect_run_allocates_nothing<AppendKv>(inputs);
+  Inputs ragged({.sequences = {{90, 200}, {40, 40}}});
+  expect_run_allocates_nothing<SparseAttentionBackward>(ragged);
+  expect_run_allocates_nothing<IndexerKlBackward>(ragged);
 }
 
 /// The reason for which the CPU backend declines `args`; "" where it takes them.

@@ -101,6 +101,9 @@ void expect_same_bits_for_all_thread_counts(Keys keys) {
     expect_same_bits_for_all_thread_counts<SparseAttentionForward>(inputs);
     expect_same_bits_for_all_thread_counts<DenseAttentionForward>(inputs);
     expect_same_bits_for_all_thread_counts<AppendKv>(inputs);
+    expect_same_bits_for_all_thread_counts<NormRopeAppendKv>(inputs);
+    expect_same_bits_for_all_thread_counts<SparseAttentionBackward>(inputs);
+    expect_same_bits_for_all_thread_counts<IndexerKlBackward>(inputs);
   });
 }
 
