@@ -92,6 +92,34 @@ def test_attention_backward(case, sparse):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
+def test_backward_of_the_cpu_backend(case32, sparse):
+    """float32: each gradient is a sum of up to 200 terms that are products of a handful of roundings."""
+    p = case32.problem
+    ids = expected_ids(case32) if sparse else None
+    mask = (
+        expected_support(case32)
+        if sparse
+        else paper.everything(p.num_kv_heads, len(case32.q), case32.num_keys)
+    )
+    q, k, v, index_q, index_k = (
+        case32.q, case32.k, case32.v, case32.index_q, case32.index_k
+    )  # fmt: skip
+    out, lse = (x.astype(np.float32) for x in paper.attention(q, k, v, mask))
+    shared = dict(problem=p, backend="cpu")
+    got = [
+        *msa_cpp.sparse_attention_backward(q, k, v, ids, out, lse, case32.dout, **shared),
+        *msa_cpp.indexer_kl_backward(q, k, index_q, index_k, ids, **shared),
+    ]
+    expected = [
+        *paper.attention_gradients(q, k, v, mask, case32.dout),
+        *paper.indexer_kl(q, k, index_q, index_k, mask),
+    ]
+    for x, want in zip(got, expected, strict=True):
+        error = np.abs(x - want).max()
+        assert error <= 1000 * np.finfo(np.float32).eps * np.abs(want).max()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
 def test_indexer_kl(case, sparse):
     p = case.problem
     ids = expected_ids(case) if sparse else None
