@@ -35,7 +35,7 @@ FP8_KEY, FP8_TARGET = "b64.fp8_kv.fraction_of_copy", 0.85
 MTP_KEY, MTP_TARGET = "mtp4.b8.128k_ratio", 1.25
 TURN_BYTES = 500 * 10**6  # what is read before a cache has its next turn; ten times the L2 cache
 # Indexers that take int8 codes but read the keys alone: their time is none of a screened step.
-READ_NO_CODES = ("cuda_sm90", "cuda_generic")
+READ_NO_CODES = ("cuda_sm90", "cuda_sm90_decode", "cuda_generic")
 
 
 def measure_torch(torch):

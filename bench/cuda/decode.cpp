@@ -25,6 +25,7 @@ struct DecodeShape {
   DType kv_dtype = DType::bf16;
   bool codes = false;
   bool attention_only = false;
+  bool index_only = false;
 
   std::int64_t total_q() const { return batch_size * seq_len_q; }
   std::int64_t blocks() const { return (seq_len_k + kM3.block_size - 1) / kM3.block_size; }
@@ -177,8 +178,8 @@ PreparedCase prepare(const DecodeShape& shape, const Options& options) {
   const double attention_bytes = 2.0 * static_cast<double>(shape.batch_size * kM3.num_kv_heads) *
                                  kM3.top_k * kM3.block_size * kM3.head_dim *
                                  static_cast<double>(size_of(shape.kv_dtype));
-  const double step_bytes =
-      attention_bytes + (shape.attention_only ? 0.0 : shape.index_key_bytes());
+  const double step_bytes = (shape.index_only ? 0.0 : attention_bytes) +
+                            (shape.attention_only ? 0.0 : shape.index_key_bytes());
   const int num_caches = std::clamp(static_cast<int>(kTurnBytes / step_bytes) + 1, 1, kMaxCaches);
   const auto caches = std::make_shared<std::vector<Cache>>();
   for (int i = 0; i < num_caches; ++i) {
@@ -195,12 +196,14 @@ PreparedCase prepare(const DecodeShape& shape, const Options& options) {
       if (!shape.attention_only) {
         indexer.run(cache.indexer(), {workspace->data(), indexer.workspace_bytes()}, {stream});
       }
+      if (shape.index_only) continue;
       attention.run(cache.attention(), {workspace->data(), attention.workspace_bytes()}, {stream});
     }
   };
   enqueue(nullptr);  // the ids that attention will find, for its share of the necessary work
   MSA_CUDA_CHECK(cudaDeviceSynchronize());
-  const auto [flops, bytes] = caches->front().attention_work();
+  auto [flops, bytes] = caches->front().attention_work();
+  if (shape.index_only) flops = bytes = 0.0;
   PreparedCase prepared{.enqueue = enqueue,
                         .repeats = num_caches,
                         .implementation = attention.implementation(),
@@ -209,7 +212,8 @@ PreparedCase prepare(const DecodeShape& shape, const Options& options) {
                         .extra_bytes = workspace->size()};
   if (!shape.attention_only) {
     prepared.implementation =
-        core::concat(indexer.implementation(), " + ", prepared.implementation);
+        shape.index_only ? indexer.implementation()
+                         : core::concat(indexer.implementation(), " + ", prepared.implementation);
     prepared.flops += caches->front().index_flops();
     prepared.bytes += caches->front().index_bytes();
   }
@@ -228,6 +232,11 @@ std::vector<BenchCase> decode_cases() {
     shapes.push_back(shapes[i]);
     shapes.back().name += ".screened";
     shapes.back().codes = true;
+  }
+  for (std::size_t i = 0, count = shapes.size(); i < count; ++i) {
+    shapes.push_back(shapes[i]);
+    shapes.back().name += ".index";
+    shapes.back().index_only = true;
   }
   shapes.push_back({"b8.128k", 8, 1, 128 * k});
   shapes.push_back({"b8.128k.mtp4", 8, 4, 128 * k});

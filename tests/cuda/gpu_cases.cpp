@@ -336,6 +336,55 @@ std::vector<Case> cluster_cases() {
   return cases;
 }
 
+std::vector<Case> decode_index_cases() {
+  const auto heads = [](int num_kv_heads, int index_dim, int top_k) {
+    return Problem{.num_q_heads = num_kv_heads,
+                   .num_kv_heads = num_kv_heads,
+                   .head_dim = 8,
+                   .index_dim = index_dim,
+                   .block_size = 128,
+                   .top_k = top_k};
+  };
+  Problem forced = heads(2, 64, 64);
+  forced.num_init_blocks = 2;
+  forced.num_local_blocks = 3;
+  std::vector<Lengths> one_longer(9, {1, 700});
+  one_longer.push_back({60, 5000});
+  std::vector<Lengths> many;
+  for (std::int64_t i = 0; i < 600; ++i) many.push_back({i % 4, 1 + i * i % 1700});
+  const std::vector<Case> geometries = {
+      {.name = "decode_long_row", .problem = heads(1, 64, 16), .sequences = {{1, 1'060'000}}},
+      {.name = "decode_long_row_ties",
+       .problem = heads(1, 64, 33),
+       .sequences = {{2, 1'050'000}},
+       .values = Values::ties},
+      {.name = "decode_zeros",
+       .problem = heads(2, 64, 16),
+       .sequences = {{3, 200'000}},
+       .values = Values::zeros},
+      {.name = "decode_forced", .problem = forced, .sequences = {{4, 70'001}, {16, 129}}},
+      {.name = "decode_two_passes",
+       .problem = heads(9, 128, 5),
+       .sequences = {{16, 3000}, {16, 90}, {16, 1025}}},
+      {.name = "decode_one_longer", .problem = heads(4, 128, 16), .sequences = one_longer},
+      {.name = "decode_many_mixed", .problem = heads(4, 128, 16), .sequences = many},
+      {.name = "decode_large",
+       .problem = heads(4, 128, 16),
+       .sequences = {{1, 40'000}, {2, 9000}},
+       .values = Values::large}};
+  std::vector<Case> cases;
+  std::uint32_t seed = 700;
+  for (Case spec : geometries) {
+    spec.dtype = seed % 4 == 0 ? DType::bf16 : DType::f16;
+    spec.keys = seed % 3 == 0 ? Keys::ragged : Keys::paged;
+    spec.row_gap = kAlignedGap;
+    spec.seed = seed++;
+    cases.push_back(spec);
+    if (spec.values != Values::large) cases.push_back(with_fp8(spec, 1));
+  }
+  return cases;
+}
+
 std::vector<Case> large_cases() {
   std::vector<Case> cases = m3_cases();
   for (const std::vector<Case>& more : {special_values(), shapes(), decode_cases()}) {

@@ -24,4 +24,8 @@ std::vector<Case> fp8_cases();
 /// For the index operations alone: enough rows for the clusters of sm90 whose CTAs share keys.
 std::vector<Case> cluster_cases();
 
+/// For the indexer of decode alone: rows of more blocks than one round of its selection takes,
+/// more rows than one pass over the keys, requests longer than the rest.
+std::vector<Case> decode_index_cases();
+
 }  // namespace msa::testing

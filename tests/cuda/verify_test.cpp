@@ -34,6 +34,14 @@ Effort repeated() {
   return {.num_runs = runs.empty() ? 20 : std::stoi(runs), .graph = true};
 }
 
+/// What the decode kernels take: at most 16 query tokens a request on average.
+bool few_queries(const Case& spec) {
+  std::int64_t total = 0;
+  for (const Lengths& lengths : spec.sequences) total += lengths.q;
+  return spec.problem.block_size == 128 && spec.problem.top_k <= 64 &&
+         total <= 16 * static_cast<std::int64_t>(spec.sequences.size());
+}
+
 /// What a backend has promised for 16-bit tensors whose strides are multiples of 16 bytes.
 bool must_take(const std::string& backend, const std::string& operation, const Case& spec) {
   const Problem& p = spec.problem;
@@ -44,6 +52,7 @@ bool must_take(const std::string& backend, const std::string& operation, const C
   }
   if (backend == "cuda_generic") return true;
   if (backend == "cuda_sm90_kv_outer" && spec.fp8 != Fp8::none) return false;
+  if (backend == "cuda_sm90_decode") return operation == "Indexer" && few_queries(spec);
   const bool prefill =
       (operation == "Indexer" && backend == "cuda_sm90") || operation == "SparseAttentionForward";
   return prefill && is_tile(p.block_size) && p.top_k >= 4 && p.top_k <= 64 &&
@@ -118,7 +127,8 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
     Totals::get().add(backend, operation, spec, outcome);
     EXPECT_TRUE(outcome.ok()) << backend << ' ' << operation << ": " << outcome.detail;
   };
-  for (const std::string backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer"}) {
+  for (const std::string backend :
+       {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer", "cuda_sm90_decode"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
     one(backend, IndexerScores{});
     one(backend, Indexer{});
@@ -169,6 +179,8 @@ TEST_P(GpuCluster, MatchesTheReference) {
   verify_case(GetParam(), effort, Operations::index);
 }
 INSTANTIATE_TEST_SUITE_P(Table, GpuCluster, ::testing::ValuesIn(cluster_cases()),
+                         [](const auto& test) { return test.param.name; });
+INSTANTIATE_TEST_SUITE_P(Decode, GpuCluster, ::testing::ValuesIn(decode_index_cases()),
                          [](const auto& test) { return test.param.name; });
 
 /// TMA reads from multiples of 16 bytes only: sm_90's rows decline others, and the generic one
