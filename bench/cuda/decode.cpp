@@ -240,6 +240,11 @@ std::vector<BenchCase> decode_cases() {
   }
   shapes.push_back({"b8.128k", 8, 1, 128 * k});
   shapes.push_back({"b8.128k.mtp4", 8, 4, 128 * k});
+  shapes.push_back({.name = "b1.attention",
+                    .batch_size = 1,
+                    .seq_len_q = 1,
+                    .seq_len_k = 32 * k,
+                    .attention_only = true});
   shapes.push_back({.name = "b64.attention",
                     .batch_size = 64,
                     .seq_len_q = 1,

@@ -9,6 +9,7 @@ namespace msa::cuda::sm90 {
 extern const msa::detail::Implementation<IndexerScores> kIndexerScores;
 extern const msa::detail::Implementation<Indexer> kIndexerDecode;
 extern const msa::detail::Implementation<Indexer> kIndexer;
+extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionDecode;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
 }  // namespace msa::cuda::sm90

@@ -33,10 +33,13 @@ constexpr List<Indexer> kIndexer[] = {
     &cpu::kIndexer, &reference::kIndexer};
 constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kSparseAttentionForward, &cuda::sm90::kSparseAttentionForwardKvOuter,
+    &cuda::sm90::kSparseAttentionDecode,
+    &cuda::sm90::kSparseAttentionForward,
+    &cuda::sm90::kSparseAttentionForwardKvOuter,
     &cuda::generic::kSparseAttentionForward,
 #endif
-    &cpu::kSparseAttentionForward, &reference::kSparseAttentionForward};
+    &cpu::kSparseAttentionForward,
+    &reference::kSparseAttentionForward};
 constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::generic::kDenseAttentionForward,

@@ -38,8 +38,7 @@ Effort repeated() {
 bool few_queries(const Case& spec) {
   std::int64_t total = 0;
   for (const Lengths& lengths : spec.sequences) total += lengths.q;
-  return spec.problem.block_size == 128 && spec.problem.top_k <= 64 &&
-         total <= 16 * static_cast<std::int64_t>(spec.sequences.size());
+  return spec.problem.top_k <= 64 && total <= 16 * static_cast<std::int64_t>(spec.sequences.size());
 }
 
 /// What a backend has promised for 16-bit tensors whose strides are multiples of 16 bytes.
@@ -52,7 +51,13 @@ bool must_take(const std::string& backend, const std::string& operation, const C
   }
   if (backend == "cuda_generic") return true;
   if (backend == "cuda_sm90_kv_outer" && spec.fp8 != Fp8::none) return false;
-  if (backend == "cuda_sm90_decode") return operation == "Indexer" && few_queries(spec);
+  if (backend == "cuda_sm90_decode") {
+    if (operation == "SparseAttentionForward") {
+      const bool dim = p.head_dim == 128 || spec.fp8 == Fp8::none;
+      return dim && few_queries(spec) && spec.sequences.size() <= 64 && p.group_size() <= 16;
+    }
+    return operation == "Indexer" && spec.problem.block_size == 128 && few_queries(spec);
+  }
   const bool prefill =
       (operation == "Indexer" && backend == "cuda_sm90") || operation == "SparseAttentionForward";
   return prefill && is_tile(p.block_size) && p.top_k >= 4 && p.top_k <= 64 &&

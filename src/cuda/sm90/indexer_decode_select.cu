@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exact top-k of decode: one CTA a row. Of 8192 scores at a time every thread holds 32 and finds
-// its largest; only the `wanted` threads whose largest are the largest of all can hold one of the
-// `wanted` largest scores. Their scores that reach the least of those maxima, at most wanted * 32,
-// are ranked by counting the larger ones. A score and its block make one key of 64 bits, so that no
+// Exact top-k of decode: one CTA a row. Of 8192 scores at a time every thread holds 32. Groups of 4
+// threads (or 1, where more than 16 are wanted) find their largest; only the `wanted` groups whose
+// largest are the largest of all can hold one of the `wanted` largest scores. Their scores that
+// reach the least of those maxima, 16 * 128 or 64 * 32 at most and about `wanted` in practice, are
+// ranked by counting the larger ones. A score and its block make one key of 64 bits, so that no
 // two are equal and the lower block wins a tie.
 #include <cuda_runtime.h>
 
@@ -31,17 +32,21 @@ __device__ __forceinline__ int block_of(Key key) {
   return static_cast<int>(~static_cast<std::uint32_t>(key));
 }
 
-/// How many of keys[0, count) are larger than `key`.
+/// How many of keys[0, count) are larger than `key`; two at a time, so a last one is 0.
 __device__ __forceinline__ int rank_of(Key key, const Key* keys, int count) {
+  const auto* const pairs = reinterpret_cast<const ulonglong2*>(keys);
   int rank = 0;
 #pragma unroll 8
-  for (int i = 0; i < count; ++i) rank += keys[i] > key ? 1 : 0;
+  for (int i = 0; i < (count + 1) / 2; ++i) {
+    const ulonglong2 pair = pairs[i];
+    rank += (pair.x > key ? 1 : 0) + (pair.y > key ? 1 : 0);
+  }
   return rank;
 }
 
 struct Shared {
-  Key maxima[kThreads];
-  Key candidates[kDecodeTopK * (kVectors * 4 + 1)];
+  alignas(16) Key maxima[kThreads];
+  alignas(16) Key candidates[kDecodeTopK * (kVectors * 4 + 1) + 2];
   Key best[kDecodeTopK];
   Key least;  ///< of the `wanted` largest maxima
   int num_candidates;
@@ -50,6 +55,8 @@ struct Shared {
 /// The `wanted` largest of scores[first..last], more than that many, into shared.best.
 __device__ void select(const float* scores, int first, int last, int wanted, Shared& shared) {
   const int thread = static_cast<int>(threadIdx.x);
+  const int lanes = wanted <= 16 ? 4 : 1;  // of a group
+  const int num_groups = kThreads / lanes;
   int num_best = 0;
   for (int round = first / 4 * 4; round <= last; round += kRound) {
     float values[kVectors][4];
@@ -77,15 +84,21 @@ __device__ void select(const float* scores, int first, int last, int wanted, Sha
     };
     Key maximum = 0;
     for_each([&](Key key) { maximum = key > maximum ? key : maximum; });
-    shared.maxima[thread] = maximum;
+    Key of_group = maximum;
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      const Key other = __shfl_xor_sync(~0u, of_group, distance);
+      of_group = other > of_group ? other : of_group;
+    }
+    if (thread % lanes == 0) shared.maxima[thread / lanes] = of_group;
     if (thread < num_best) shared.candidates[thread] = shared.best[thread];
     if (thread == 0) {
       shared.least = 0;
       shared.num_candidates = num_best;
     }
     __syncthreads();
-    if (maximum != 0 && rank_of(maximum, shared.maxima, kThreads) == wanted - 1) {
-      shared.least = maximum;
+    if (thread < num_groups) {
+      const Key own = shared.maxima[thread];
+      if (own != 0 && rank_of(own, shared.maxima, num_groups) == wanted - 1) shared.least = own;
     }
     __syncthreads();
     const Key least = shared.least;
@@ -96,6 +109,8 @@ __device__ void select(const float* scores, int first, int last, int wanted, Sha
     }
     __syncthreads();
     const int count = shared.num_candidates;
+    if (thread == 0) shared.candidates[count] = 0;
+    __syncthreads();
     for (int i = thread; i < count; i += kThreads) {
       const Key key = shared.candidates[i];
       const int rank = rank_of(key, shared.candidates, count);

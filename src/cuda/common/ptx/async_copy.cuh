@@ -17,6 +17,10 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t to, const void* from,
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+/// Asks for the line of an address that exists.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
 /// All but the newest `kPending` groups of this thread have landed.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

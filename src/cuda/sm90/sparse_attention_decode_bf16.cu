@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/sm90/sparse_attention_decode.cuh"
+
+namespace msa::cuda::sm90 {
+
+void launch_decode_bf16(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+                        cudaStream_t stream) {
+  if (params.head_dim == 64) {
+    launch_decode<__nv_bfloat16, __nv_bfloat16, 64>(params, num_kv_heads, num_splits, stream);
+  } else {
+    launch_decode<__nv_bfloat16, __nv_bfloat16, 128>(params, num_kv_heads, num_splits, stream);
+  }
+}
+
+}  // namespace msa::cuda::sm90
