@@ -14,7 +14,14 @@ namespace {
 // Beyond this the prefill kernel, which reads keys once for 64 tokens, is as fast.
 constexpr std::int64_t kMaxQueryTokens = 16;
 constexpr std::int64_t kMaxSequences = 4096;  // their ends are in shared memory
-constexpr int kCtasPerSm = 2;
+/// Two CTAs fill an SM. Of few blocks one is enough, and leaves room for the CTAs of selection and
+/// attention, which so are on their SMs, waiting, when their turn comes.
+constexpr std::int64_t kFewBlocks = 4096;
+int ctas_per_sm(const Indexer& args) {
+  const std::int64_t blocks =
+      core::batch_size(args.batch) * ceil_div(core::max_seq_len_k(args), kDecodeBlock);
+  return blocks <= kFewBlocks ? 1 : 2;
+}
 
 std::int64_t num_columns(const Indexer& args) {
   const std::int64_t blocks = ceil_div(core::max_seq_len_k(args), kDecodeBlock);
@@ -93,7 +100,7 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
       .num_columns = num_columns(args),
       .heads = p.num_kv_heads,
       .pass_rows = static_cast<int>(std::clamp<std::int64_t>(round_up(rows, 8), 8, kDecodeRows))};
-  const int grid = kCtasPerSm * num_sms(args.index_q.device.index);
+  const int grid = ctas_per_sm(args) * num_sms(args.index_q.device.index);
   switch (args.index_k.dtype) {
     case DType::bf16:
       run_decode_scores_bf16(params, p.index_dim, grid, stream_of(stream));

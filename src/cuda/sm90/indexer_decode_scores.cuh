@@ -208,9 +208,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   prefetch_metadata(params);
   ptx::wait_for_dependencies();
   sum_items(params, ends, warp_sums);
-  const std::int64_t total = ends[params.batch.batch_size - 1];
-  const auto begin = static_cast<int>(total * blockIdx.x / gridDim.x);
-  const auto end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+  const int total = ends[params.batch.batch_size - 1];
+  const auto cta = static_cast<int>(blockIdx.x);
+  const int least = total / static_cast<int>(gridDim.x);
+  const int rest = total - least * static_cast<int>(gridDim.x);  // CTAs that have one more
+  const int begin = cta * least + min(cta, rest);
+  const int end = begin + least + (cta < rest ? 1 : 0);
   if (begin == end) return;
 
   const auto load = [&](Keys& keys, const DecodeItem& item, const std::byte* block) {

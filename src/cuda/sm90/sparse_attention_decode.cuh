@@ -26,8 +26,10 @@
 
 namespace msa::cuda::sm90 {
 
-inline constexpr int kDecodeAttentionWarps = 4;
-inline constexpr int kDecodeAttentionThreads = kDecodeAttentionWarps * 32;
+/// Of a CTA. A block has 8 chunks: with a whole cluster for a token, 8 warps have one each and wait
+/// for memory once. Otherwise twice as many CTAs of 4 warps overlap better.
+inline constexpr int kDecodeFewWarps = 4;
+inline constexpr int kDecodeManyWarps = 8;
 inline constexpr int kDecodeAttentionRows = 16;
 inline constexpr int kDecodeAttentionKeys = 16;   // of a chunk; no block is smaller
 inline constexpr int kDecodeAttentionSlots = 64;  // most blocks of a token
@@ -42,6 +44,12 @@ struct DecodeFragments {
   static constexpr int kSteps = kDim / 16;
   static constexpr int kValuePieces = kDim / kPieceDims / 8;  ///< of a value in a lane
   static_assert(kValuePieces > 0);
+  static constexpr bool kNarrow = sizeof(Element) == 1;
+  /// e4m3 widens to f16 in one instruction for two, and keeps NaN. Of keys that serves f16 queries
+  /// only; weights of values are f16 as well, multiplied by kWeightScale to be above its subnormal
+  /// numbers.
+  using Value = std::conditional_t<kNarrow, __half, T>;
+  static constexpr float kWeightScale = kNarrow ? 0x1p15f : 1.0f;
 
   uint4 k[2][kKeyPieces];    ///< of keys g and g + 8
   uint4 v[4][kValuePieces];  ///< of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9
@@ -104,8 +112,7 @@ struct DecodeFragments {
 
   /// o[i] += P V for columns i of all pieces.
   __device__ __forceinline__ void multiply_values(const std::uint32_t (&p)[4],
-                                                  float (&o)[kDim / 8][4],
-                                                  std::uint32_t& nan) const {
+                                                  float (&o)[kDim / 8][4]) const {
     constexpr std::uint32_t kLow = 0x5410;
     constexpr std::uint32_t kHigh = 0x7632;
 #pragma unroll
@@ -120,18 +127,17 @@ struct DecodeFragments {
           if constexpr (sizeof(Element) == 2) {
             pairs[key] = {bits, 0};
           } else {
-            nan |= nan_bits<T>(bits);
-            pairs[key] = widen4<T>(bits);
+            pairs[key] = widen4<Value>(bits);
           }
         }
 #pragma unroll
         for (int half = 0; half < kPieceDims / 8; ++half) {
           const auto of = [&](int key) { return half == 0 ? pairs[key].x : pairs[key].y; };
           const int column = j * kPieceDims + i * (kPieceDims / 4) + half * 2;
-          ptx::mma_m16n8k16<T>(o[column], p, __byte_perm(of(0), of(1), kLow),
-                               __byte_perm(of(2), of(3), kLow));
-          ptx::mma_m16n8k16<T>(o[column + 1], p, __byte_perm(of(0), of(1), kHigh),
-                               __byte_perm(of(2), of(3), kHigh));
+          ptx::mma_m16n8k16<Value>(o[column], p, __byte_perm(of(0), of(1), kLow),
+                                   __byte_perm(of(2), of(3), kLow));
+          ptx::mma_m16n8k16<Value>(o[column + 1], p, __byte_perm(of(0), of(1), kHigh),
+                                   __byte_perm(of(2), of(3), kHigh));
         }
       }
     }
@@ -150,11 +156,11 @@ struct DecodeBlock {
   int num_keys;  ///< that the token sees; 0: none, or no such block
 };
 
-template <int kDim>
+template <int kDim, int kWarps>
 struct DecodeMerge {
   static constexpr int kPitch = kDim + 4;  // rows in different banks
-  float o[kDecodeAttentionWarps][kDecodeAttentionRows][kPitch];
-  float2 ml[kDecodeAttentionWarps][kDecodeAttentionRows];  ///< maximum and sum
+  float o[kWarps][kDecodeAttentionRows][kPitch];
+  float2 ml[kWarps][kDecodeAttentionRows];  ///< maximum and sum
   float merged_o[kDecodeAttentionRows][kDim];
   float2 merged_ml[kDecodeAttentionRows];
 };
@@ -182,14 +188,16 @@ __device__ __forceinline__ void cluster_sync() {
   ptx::cluster_wait();
 }
 
-template <class T, class Element, int kDim>
-__global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
+inline constexpr int kDecodeWarpsPerSm = 8;  // of 255 registers
+
+template <class T, class Element, int kDim, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
     sparse_attention_decode_kernel(const __grid_constant__ generic::AttentionParams g) {
   using Fragments = DecodeFragments<T, Element, kDim>;
   constexpr int kLaneDims = kDim / 32;
   using LaneVector = std::conditional_t<kLaneDims == 4, float4, float2>;
   extern __shared__ __align__(16) std::uint8_t smem[];
-  auto& merge = *reinterpret_cast<DecodeMerge<kDim>*>(smem);
+  auto& merge = *reinterpret_cast<DecodeMerge<kDim, kWarps>*>(smem);
   __shared__ DecodeBlock blocks[kDecodeAttentionSlots];
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -202,24 +210,8 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
   const int head0 = kv_head * g.group_size;
 
   ptx::let_dependents_start();
+  if (thread == 0 && g.batch.seq_lens_k != nullptr) ptx::prefetch_l2(g.batch.seq_lens_k);
   ptx::wait_for_dependencies();
-  const DeviceSequence sequence = sequence_of_query(g.batch, row);
-  const std::int64_t visible = generic::num_visible_keys(sequence, row);
-  const int num_slots = (g.top_k - split + num_splits - 1) / num_splits;
-  for (int i = thread; i < num_slots; i += kDecodeAttentionThreads) {
-    const std::int64_t id = g.block_ids[kv_head * g.ids_head_stride + row * g.ids_token_stride +
-                                        split + i * num_splits];
-    const std::int64_t first = id << g.k.block_shift;
-    DecodeBlock block{};
-    if (first >= 0 && first < visible) {
-      block.k = generic::token_address(g.batch, sequence, g.k, kv_head, first);
-      block.v = generic::token_address(g.batch, sequence, g.v, kv_head, first);
-      if (block.k != nullptr) {
-        block.num_keys = static_cast<int>(min(std::int64_t{g.batch.block_size}, visible - first));
-      }
-    }
-    blocks[i] = block;
-  }
   // Steps of q as the lane multiplies them: 4 dimensions each of rows lane / 4 and + 8.
   std::uint32_t q[Fragments::kSteps][4];
 #pragma unroll
@@ -238,6 +230,24 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
       q[step + 1][2 + half] = eight.w;
     }
   }
+  const DeviceSequence sequence = sequence_of_query(g.batch, row);
+  const int num_slots = (g.top_k - split + num_splits - 1) / num_splits;
+  for (int i = thread; i < num_slots; i += kWarps * 32) {
+    const std::int64_t id = g.block_ids[kv_head * g.ids_head_stride + row * g.ids_token_stride +
+                                        split + i * num_splits];
+    const std::int64_t first = id << g.k.block_shift;
+    DecodeBlock block{};
+    // The page does not wait for the sequence's length, which may still be under way.
+    if (first >= 0 && first < g.batch.max_seq_len_k) {
+      block.k = generic::token_address(g.batch, sequence, g.k, kv_head, first);
+      block.v = generic::token_address(g.batch, sequence, g.v, kv_head, first);
+    }
+    const std::int64_t visible = generic::num_visible_keys(sequence, row);
+    if (block.k != nullptr && first < visible) {
+      block.num_keys = static_cast<int>(min(std::int64_t{g.batch.block_size}, visible - first));
+    }
+    blocks[i] = block;
+  }
   const auto scale_log2 = static_cast<float>(g.score_scale(kv_head) * 1.4426950408889634);
   __syncthreads();
 
@@ -252,7 +262,7 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
     return (chunk & ((1 << chunk_shift) - 1)) * kDecodeAttentionKeys * rows.token_stride;
   };
   const auto next_chunk = [&](int chunk) {
-    do chunk += kDecodeAttentionWarps;
+    do chunk += kWarps;
     while (chunk < num_chunks && keys_of(chunk) <= 0);
     return chunk;
   };
@@ -267,7 +277,7 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
   };
   generic::SoftmaxRows<T, kDim> rows;
   std::uint32_t nan = 0;
-  int chunk = next_chunk(warp - kDecodeAttentionWarps);
+  int chunk = next_chunk(warp - kWarps);
   if (chunk < num_chunks) {
     load_keys(chunk);
     load_values(chunk);
@@ -279,9 +289,12 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
     const int next = next_chunk(chunk);
     if (next < num_chunks) load_keys(next);
     rows.template attend<1>(s, {num_keys, num_keys}, 1u, scale_log2);
-    const std::uint32_t p[4] = {ptx::pack<T>(s[0][0], s[0][1]), ptx::pack<T>(s[0][2], s[0][3]),
-                                ptx::pack<T>(s[1][0], s[1][1]), ptx::pack<T>(s[1][2], s[1][3])};
-    fragments.multiply_values(p, rows.o, nan);
+    const auto weights = [&](int half, int i) {
+      return ptx::pack<typename Fragments::Value>(s[half][i] * Fragments::kWeightScale,
+                                                  s[half][i + 1] * Fragments::kWeightScale);
+    };
+    const std::uint32_t p[4] = {weights(0, 0), weights(0, 2), weights(1, 0), weights(1, 2)};
+    fragments.multiply_values(p, rows.o);
     if (next < num_chunks) load_values(next);
     chunk = next;
   }
@@ -297,7 +310,8 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
     for (int i = 0; i < kDim / 8; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        merge.o[warp][r][Fragments::dim_of(i, lane % 4 * 2 + c)] = rows.o[i][2 * h + c];
+        merge.o[warp][r][Fragments::dim_of(i, lane % 4 * 2 + c)] =
+            rows.o[i][2 * h + c] * (1.0f / Fragments::kWeightScale);
       }
     }
   }
@@ -328,15 +342,15 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
     }
   };
 #pragma unroll 1
-  for (int r = warp; r < g.group_size; r += kDecodeAttentionWarps) {
-    float2 parts[kDecodeAttentionWarps];
-    float weight[kDecodeAttentionWarps];
+  for (int r = warp; r < g.group_size; r += kWarps) {
+    float2 parts[kWarps];
+    float weight[kWarps];
 #pragma unroll
-    for (int i = 0; i < kDecodeAttentionWarps; ++i) parts[i] = merge.ml[i][r];
+    for (int i = 0; i < kWarps; ++i) parts[i] = merge.ml[i][r];
     const float2 ml = merge_statistics(parts, weight);
     LaneVector o{};
 #pragma unroll
-    for (int i = 0; i < kDecodeAttentionWarps; ++i) {
+    for (int i = 0; i < kWarps; ++i) {
       add(o, weight[i], reinterpret_cast<const LaneVector*>(merge.o[i][r])[lane]);
     }
     if (num_splits == 1) {
@@ -352,7 +366,7 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
   cluster_sync();
   const int share = (g.group_size + num_splits - 1) / num_splits;
 #pragma unroll 1
-  for (int i = warp; i < share; i += kDecodeAttentionWarps) {
+  for (int i = warp; i < share; i += kWarps) {
     const int r = split * share + i;
     if (r >= g.group_size) break;
     float2 parts[kDecodeMostSplits];
@@ -374,10 +388,10 @@ __global__ void __launch_bounds__(kDecodeAttentionThreads, 2)
   cluster_sync();  // others read this CTA's shared memory until here
 }
 
-template <class T, class Element, int kDim>
-void launch_decode(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
-                   cudaStream_t stream) {
-  const auto kernel = sparse_attention_decode_kernel<T, Element, kDim>;
+template <class T, class Element, int kDim, int kWarps>
+void launch_decode_warps(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+                         cudaStream_t stream) {
+  const auto kernel = sparse_attention_decode_kernel<T, Element, kDim, kWarps>;
   if (num_splits > 8) {
     MSA_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -385,11 +399,20 @@ void launch_decode(const generic::AttentionParams& params, int num_kv_heads, int
   launch(kernel,
          {.grid = dim3(static_cast<unsigned>(params.batch.total_q * num_splits),
                        static_cast<unsigned>(num_kv_heads)),
-          .threads = kDecodeAttentionThreads,
-          .smem_bytes = sizeof(DecodeMerge<kDim>),
+          .threads = kWarps * 32,
+          .smem_bytes = sizeof(DecodeMerge<kDim, kWarps>),
           .cluster = num_splits,
           .dependent = true},
          stream, params);
+}
+
+template <class T, class Element, int kDim>
+void launch_decode(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+                   cudaStream_t stream) {
+  const auto launch_kernel = num_splits >= 8
+                                 ? launch_decode_warps<T, Element, kDim, kDecodeManyWarps>
+                                 : launch_decode_warps<T, Element, kDim, kDecodeFewWarps>;
+  launch_kernel(params, num_kv_heads, num_splits, stream);
 }
 
 }  // namespace msa::cuda::sm90
