@@ -211,6 +211,10 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
 
   ptx::let_dependents_start();
   if (thread == 0 && g.batch.seq_lens_k != nullptr) ptx::prefetch_l2(g.batch.seq_lens_k);
+  if (thread < g.group_size) ptx::prefetch_l2(g.q_row(row, head0 + thread));
+  if (kDim == 128 && thread >= 16 && thread < 16 + g.group_size) {
+    ptx::prefetch_l2(g.q_row(row, head0 + thread - 16) + 128);
+  }
   ptx::wait_for_dependencies();
   // Steps of q as the lane multiplies them: 4 dimensions each of rows lane / 4 and + 8.
   std::uint32_t q[Fragments::kSteps][4];
