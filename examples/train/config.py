@@ -55,22 +55,22 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 3000
+    steps: int = 2900
     # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens.
     phases: tuple[Phase, ...] = (
-        Phase(0.35, 256, 16384, 0.7, 0.6),
-        Phase(0.25, 1024, 32768, 0.6, 0.5),
-        Phase(0.20, 4096, 65536, 0.5, 0.4),
-        Phase(0.15, 32768, 65536, 0.5, 0.25),
-        Phase(0.05, 65536, 65536, 0.5, 0.2),
+        Phase(0.480, 256, 16384, 0.7, 0.6),
+        Phase(0.240, 1024, 32768, 0.6, 0.5),
+        Phase(0.156, 4096, 65536, 0.5, 0.4),
+        Phase(0.100, 32768, 65536, 0.5, 0.25),
+        Phase(0.024, 65536, 65536, 0.5, 0.2),
     )
     # Rows of up to top_k blocks are attended whole in both stages: the run from scratch is sparse from 4096 tokens on.
-    warmup_share: float = 0.35  # of the steps: dense attention, index branch trained on all tokens
-    convert_at: float = 0.7  # where the converted run leaves the GQA run
+    warmup_share: float = 0.48  # of the steps: dense attention, index branch trained on all tokens
+    convert_at: float = 0.77  # where the converted run leaves the GQA run
     convert_warmup_share: float = 0.25  # of the converted run's own steps
     lr: float = 3e-3
     lr_warmup_steps: int = 100
-    final_lr: float = 0.05  # of lr
+    final_lr: float = 0.1  # of lr
     weight_decay: float = 0.1
     clip: float = 1.0
     kl_coefficient: float = 1.0

@@ -167,7 +167,8 @@ class Layer(nn.Module):
             return self.finish(x, ops.dense_attention(q, k, v, **shared)[0]), None
         q, k, v, index_q, index_k = self.project(x, cos, sin, True)
         block_ids = None
-        if stage == "sparse":
+        # Where every query selects all that it sees, both stages are the same.
+        if stage == "sparse" and int(x.shape[0]) // (cu.numel() - 1) > self.config.block_size * self.config.top_k:
             block_ids = ops.indexer(index_q, index_k, top_k=self.config.top_k, **shared)
             out, _ = ops.sparse_attention(q, k, v, block_ids, **shared)
         else:
@@ -235,7 +236,7 @@ def initialise(model: Model, seed: int) -> None:
 
 
 def compile_parts(model: Model) -> None:
-    """Compiles what stands between attentions; its shapes do not depend on the length of a row."""
+    """Compiles what stands between attentions, once for all numbers of tokens."""
     for layer in model.layers:
-        layer.project = torch.compile(layer.project, dynamic=False)  # type: ignore[method-assign]
-        layer.finish = torch.compile(layer.finish, dynamic=False)  # type: ignore[method-assign]
+        layer.project = torch.compile(layer.project, dynamic=True)  # type: ignore[method-assign]
+        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore[method-assign]

@@ -3,7 +3,8 @@
 #
 # Data, the three runs, evaluation: all that docs/experiments reports. Call it again to go on where it stopped.
 #   examples/train/run_all.sh FOLDER MINUTES [options of train.py]
-# With several GPUs the runs are made side by side, else one behind the other; MINUTES is for all of it.
+# With several GPUs the runs are made side by side, else one behind the other; MINUTES is for data and training.
+# DATA_OPTIONS and EVALUATE_OPTIONS are passed to data.py and evaluate.py.
 set -eu
 folder=$1
 minutes=$2
@@ -11,6 +12,8 @@ shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 gpus=$(nvidia-smi -L | grep -c '^GPU')
+read -ra data_options <<<"${DATA_OPTIONS:-}"
+read -ra evaluate_options <<<"${EVALUATE_OPTIONS:-}"
 mkdir -p "$folder"
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$folder/compiled} OMP_NUM_THREADS=4
 
@@ -24,7 +27,7 @@ train() {
 }
 
 if [[ ! -e $folder/data/meta.json ]]; then
-  "$python" "$here/data.py" --out "$folder/data" 2>&1 | tee "$folder/data.txt"
+  "$python" "$here/data.py" --out "$folder/data" "${data_options[@]}" 2>&1 | tee "$folder/data.txt"
 fi
 
 if ((gpus == 1)); then
@@ -44,7 +47,7 @@ number=0
 for recipe in gqa msa converted; do
   if [[ ! -e $folder/runs/$recipe/latest.pt ]]; then continue; fi
   CUDA_VISIBLE_DEVICES=$((number % gpus)) "$python" "$here/evaluate.py" --data "$folder/data" --runs "$folder/runs" \
-    --out "$folder/summary.$recipe.json" --only "$recipe" 2>&1 | tee "$folder/evaluate.$recipe.txt" &
+    --out "$folder/summary.$recipe.json" --only "$recipe" "${evaluate_options[@]}" 2>&1 | tee "$folder/evaluate.$recipe.txt" &
   number=$((number + 1))
   if ((number % gpus == 0)); then wait; fi
 done

@@ -112,7 +112,7 @@ class Trainer:
         self.objective: nn.Module = Objective(self.model, schedule.kl_coefficient).to(self.device)
         if args.compile:
             compile_parts(self.model)
-            self.objective.head = torch.compile(self.objective.head, dynamic=False)  # type: ignore[method-assign]
+            self.objective.head = torch.compile(self.objective.head, dynamic=True)  # type: ignore[method-assign]
         if self.world > 1 and args.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
@@ -203,6 +203,7 @@ class Trainer:
                 break
             if args.recipe == "gqa" and self.step == schedule.convert_step():
                 self.save("convert.pt")
+            torch.manual_seed(schedule.seed + self.step)  # what an operation samples depends on the step alone
             phase, stage = schedule.phase_of(self.step), stage_of(args.recipe, self.step, schedule)
             results = self.train_step(batch, stage)
             self.step += 1
