@@ -3,7 +3,7 @@
 #
 # Data, the three runs, evaluation: all that docs/experiments reports. Call it again to go on where it stopped.
 #   examples/train/run_all.sh FOLDER MINUTES [options of train.py]
-# With several GPUs the runs are made side by side, else one behind the other; MINUTES is for data and training.
+# With two GPUs the runs are made side by side, else one behind the other; MINUTES is for data and training.
 # DATA_OPTIONS and EVALUATE_OPTIONS are passed to data.py and evaluate.py.
 set -eu
 folder=$1
@@ -33,13 +33,11 @@ fi
 if ((gpus == 1)); then
   for recipe in gqa msa converted; do train 0 "$recipe" "$@"; done
 else
-  train 0 gqa "$@" &
+  (
+    train 0 gqa "$@"
+    train 0 converted "$@"
+  ) &
   train 1 msa "$@" &
-  if ((gpus == 2)); then wait; fi
-  while [[ ! -e $folder/runs/gqa/convert.pt && $(jobs -r | wc -l) -gt 0 ]]; do sleep 1; done
-  if [[ -e $folder/runs/gqa/convert.pt ]]; then
-    train $((gpus == 2 ? 0 : 2)) converted "$@" &
-  fi
   wait
 fi
 
