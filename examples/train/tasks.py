@@ -115,7 +115,7 @@ class Planter:
         keys = [k for k in rng.choice(self.words, 8, replace=False).tolist() if k not in used]
         used.update(keys)
         values = rng.choice(self.words, len(keys)).tolist()
-        order = rng.permutation(len(keys))[: max(1, len(keys) // 2)]
+        order = rng.permutation(len(keys))
         first = self.pair_list(keys, values, PLANTED)
         return first, self.pair_list([keys[i] for i in order], [values[i] for i in order], ANSWER)
 
@@ -145,7 +145,7 @@ def planted_row(
     total = 0
     while True:
         draw = rng.random()
-        if draw < 0.45:
+        if draw < 0.35:
             fact = planter.pass_key(rng, names)
         elif draw < 0.7 and len(keys) < len(planter.words) // 2:
             fact = planter.pairs(rng, keys)
