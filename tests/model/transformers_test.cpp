@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The runtime against transformers: fixtures/ holds checkpoints and what transformers makes of them
-// in f32 (make_model_fixtures.py; trained_smoke comes from the training recipe,
-// make_trained_fixture.py). Logits may differ by 1e-4 of the largest one, the bound that the
-// project set itself (f32 rounding reaches some 1e-6); what is chosen, blocks and tokens, must be
-// the same.
+// in f32 (make_model_fixtures.py); trained_smoke and its results are PyTorch's, from the training
+// recipe (make_trained_fixture.py). Logits may differ by 1e-4 of the largest one, the bound that
+// the project set itself (f32 rounding reaches some 1e-6); what is chosen, blocks and tokens, must
+// be the same.
 #include <gtest/gtest.h>
 
 #include <algorithm>
