@@ -55,18 +55,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 2900
-    # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens.
+    steps: int = 2700
+    # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens,
+    # and sooner where facts are near.
     phases: tuple[Phase, ...] = (
-        Phase(0.170, 128, 16384, 0.7, 0.7),
-        Phase(0.310, 256, 16384, 0.7, 0.6),
-        Phase(0.240, 1024, 32768, 0.6, 0.5),
-        Phase(0.156, 4096, 65536, 0.5, 0.4),
-        Phase(0.100, 32768, 65536, 0.5, 0.25),
-        Phase(0.024, 65536, 65536, 0.5, 0.2),
+        Phase(0.20, 128, 16384, 0.8, 0.7),
+        Phase(0.22, 256, 16384, 0.7, 0.6),
+        Phase(0.26, 1024, 32768, 0.6, 0.5),
+        Phase(0.18, 4096, 65536, 0.5, 0.4),
+        Phase(0.11, 32768, 65536, 0.5, 0.25),
+        Phase(0.03, 65536, 65536, 0.5, 0.2),
     )
     # Rows of up to top_k blocks are attended whole in both stages: the run from scratch is sparse from 4096 tokens on.
-    warmup_share: float = 0.48  # of the steps: dense attention, index branch trained on all tokens
+    warmup_share: float = 0.42  # of the steps: dense attention, index branch trained on all tokens
     convert_at: float = 0.77  # where the converted run leaves the GQA run
     convert_warmup_share: float = 0.25  # of the converted run's own steps
     lr: float = 3e-3

@@ -235,8 +235,8 @@ def initialise(model: Model, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def compile_parts(model: Model) -> None:
-    """Compiles what stands between attentions, once for all numbers of tokens."""
+def compile_parts(model: Model, dynamic: bool) -> None:
+    """Compiles what stands between attentions: once per number of tokens of a step, or once for all."""
     for layer in model.layers:
-        layer.project = torch.compile(layer.project, dynamic=True)  # type: ignore[method-assign]
-        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore[method-assign]
+        layer.project = torch.compile(layer.project, dynamic=dynamic)  # type: ignore[method-assign]
+        layer.finish = torch.compile(layer.finish, dynamic=dynamic)  # type: ignore[method-assign]

@@ -52,7 +52,6 @@ for recipe in gqa msa converted; do
   CUDA_VISIBLE_DEVICES=$((number % gpus)) "$python" "$here/evaluate.py" --data "$folder/data" --runs "$folder/runs" \
     --out "$folder/summary.$recipe.json" --only "$recipe" "${evaluate_options[@]}" 2>&1 | tee "$folder/evaluate.$recipe.txt" &
   number=$((number + 1))
-  if ((number % gpus == 0)); then wait; fi
 done
 wait
 "$python" "$here/evaluate.py" --merge "$folder"/summary.*.json --out "$folder/summary.json"
