@@ -8,7 +8,8 @@ Same functions as attention_torch.py. Two ideas keep them fast:
   the same support,  dL/dindex_q[i] ~ sum_j (S_ij - P_ij) index_k[j]  and
   dL/dindex_k[j] ~ sum_i (S_ij - P_ij) index_q[i]:  attention with index keys as values, and what its backward
   gives to those values when index queries come in as the output's gradient.
-The loss's value is exact on SAMPLED queries of the call, an unbiased estimate; its gradient uses all of them.
+The loss's value is exact on SAMPLED queries of the call, an unbiased estimate. Its gradient uses all queries in the
+warmup, and in the sparse stage a random one of every KL_STRIDE tiles of 128 queries: a step has thousands of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["dense_attention", "indexer", "indexer_kl_loss", "sparse_attention"]
 
 TILE = 128  # rows of FlexAttention's tiles
 SAMPLED = 64
+KL_STRIDE = 4
 _compiled_flex = torch.compile(flex_attention, dynamic=False)
 # One specialisation per length of context and use; beyond the limit it would run uncompiled, in quadratic memory.
 torch._dynamo.config.recompile_limit = 256
@@ -88,19 +90,21 @@ def chosen_blocks(block_ids: Tensor, batch: int, num_blocks: int) -> Tensor:
     return chosen.scatter_(-1, ids.masked_fill(ids < 0, num_blocks), True)[..., :num_blocks]
 
 
-def block_mask(chosen: Tensor, group: int, block_size: int) -> BlockMask:
-    """For queries packed as length * group rows: which tiles to visit, and which tokens of them count."""
-    batch, heads, length, num_blocks = chosen.shape
+def block_mask(chosen: Tensor, rows: Tensor, group: int, block_size: int) -> BlockMask:
+    """For queries packed as len(rows) * group rows: which tiles to visit, and which tokens of them count.
+
+    chosen: bool [batch, num_kv_heads, len(rows), num_blocks]; rows: positions of the queries, whole tiles of them.
+    """
     tiles = chosen.unflatten(2, (-1, TILE // group)).any(3).to(torch.int32)  # [batch, heads, tiles, num_blocks]
     order = tiles.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         token = row // group
-        return (key <= token) & chosen[b, h, token, key // block_size]
+        return (key <= rows[token]) & chosen[b, h, token, key // block_size]
 
     return BlockMask.from_kv_blocks(
         tiles.sum(-1, dtype=torch.int32), order, BLOCK_SIZE=(TILE, block_size), mask_mod=mask_mod,
-        seq_lengths=(length * group, num_blocks * block_size),
+        seq_lengths=(len(rows) * group, chosen.shape[-1] * block_size),
     )  # fmt: skip
 
 
@@ -115,27 +119,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     return _compiled_flex(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)
 
 
-def mask_of(block_ids: Tensor, q: Tensor, k: Tensor, block_size: int) -> BlockMask:
-    """Made once for a layer's attention and teacher, which have the same ids."""
-    group = q.shape[1] // k.shape[1]
-    key = (id(block_ids), group)
-    if key not in _masks:
-        _masks.clear()  # ids of one layer at a time
-        chosen = chosen_blocks(block_ids, q.shape[0], -(-q.shape[2] // block_size))
-        _masks[key] = (block_ids, block_mask(chosen, group, block_size))
-    return _masks[key][1]
-
-
-_masks: dict[tuple[int, int], tuple[Tensor, BlockMask]] = {}
-
-
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, *, block_size: int = 128, cu_seqlens_q: Tensor | None = None
 ) -> tuple[Tensor, None]:
     q, k, v = (batch_of(x, cu_seqlens_q) for x in (q, k, v))
-    out = attend(group_rows(q, k.shape[1]), k, v, mask_of(block_ids, q, k, block_size))
-    out = out.unflatten(2, (q.shape[2], -1)).transpose(2, 3).flatten(1, 2)
-    return packed(out), None
+    length, heads = q.shape[2], k.shape[1]
+    chosen = chosen_blocks(block_ids, q.shape[0], -(-length // block_size))
+    mask = block_mask(chosen, torch.arange(length, device=q.device), q.shape[1] // heads, block_size)
+    out = attend(group_rows(q, heads), k, v, mask)
+    return packed(out.unflatten(2, (length, -1)).transpose(2, 3).flatten(1, 2)), None
+
+
+def sampled_tiles(length: int, device: torch.device) -> Tensor:
+    """Positions of every KL_STRIDE-th tile of tokens, from a random one on (of the CPU's generator)."""
+    tiles = length // TILE
+    stride = min(KL_STRIDE, tiles)
+    first = torch.arange(int(torch.randint(stride, ())), tiles, stride) * TILE
+    return (first[:, None] + torch.arange(TILE)).flatten().to(device, non_blocking=True)
 
 
 class _IndexerKl(torch.autograd.Function):
@@ -150,6 +150,8 @@ class _IndexerKl(torch.autograd.Function):
         batch, heads, length, dim = index_q.shape
         group = q.shape[1] // heads
         index_q, index_k = index_q.detach(), index_k.detach()
+        rows = torch.arange(length, device=q.device) if block_ids is None else sampled_tiles(length, q.device)
+        some_q, some_index_q = (x if block_ids is None else x[:, :, rows] for x in (q, index_q))
         with torch.enable_grad():
             keys = index_k.expand(-1, heads, -1, -1).contiguous()
             values = [keys.clone().requires_grad_() for _ in range(2)]
@@ -158,15 +160,19 @@ class _IndexerKl(torch.autograd.Function):
                 teacher = out(q, k, values[0], is_causal=True, enable_gqa=True).unflatten(1, (heads, group))
                 student = out(index_q, keys, values[1], is_causal=True)
             else:
-                chosen = chosen_blocks(block_ids, batch, -(-length // block_size))
-                teacher = attend(group_rows(q, heads), k, values[0], mask_of(block_ids, q, k, block_size))
-                teacher = teacher.unflatten(2, (length, group)).transpose(2, 3)
-                student = attend(index_q, keys, values[1], block_mask(chosen, 1, block_size))
-            incoming = index_q[:, :, None].expand_as(teacher) / group
+                chosen = chosen_blocks(block_ids, batch, -(-length // block_size))[:, :, rows]
+                mask = block_mask(chosen, rows, group, block_size)
+                teacher = attend(group_rows(some_q, heads), k, values[0], mask)
+                teacher = teacher.unflatten(2, (len(rows), group)).transpose(2, 3)
+                student = attend(some_index_q, keys, values[1], block_mask(chosen, rows, 1, block_size))
+            incoming = some_index_q[:, :, None].expand_as(teacher) / group
             (of_teacher,) = torch.autograd.grad(teacher, values[0], incoming.contiguous())
-            (of_student,) = torch.autograd.grad(student, values[1], index_q.contiguous())
-        scale = coefficient * dim**-0.5 / (batch * length * heads)
-        dindex_q = (student.detach().float() - teacher.detach().float().mean(2)) * scale
+            (of_student,) = torch.autograd.grad(student, values[1], some_index_q.contiguous())
+        scale = coefficient * dim**-0.5 / (batch * len(rows) * heads)
+        some_dindex_q = (student.detach().float() - teacher.detach().float().mean(2)) * scale
+        dindex_q = some_dindex_q if block_ids is None else torch.zeros_like(index_q, dtype=torch.float32)
+        if block_ids is not None:
+            dindex_q[:, :, rows] = some_dindex_q
         dindex_k = (of_student.float() - of_teacher.float()).sum(1, keepdim=True) * scale
         ctx.save_for_backward(dindex_q, dindex_k)
         return coefficient * _IndexerKl.sampled_value(index_q, index_k, q, k, block_ids, block_size)

@@ -26,7 +26,7 @@ class ModelConfig:
     block_size: int = 128
     top_k: int = 8
     rotary_dim: int = 32
-    rope_theta: float = 5e6
+    rope_theta: float = 1e5  # M3 has 5e6 for 1M tokens; faster rotations make heads that look one token back easier
     intermediate_size: int = 768
     num_experts: int = 0  # 0: dense MLPs; else layers from num_dense_layers on have experts and a shared one
     experts_per_token: int = 2
@@ -55,22 +55,24 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 3000
-    # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens.
+    steps: int = 2700
+    # Short rows and small steps first: copying from the context emerges after a number of steps, not of tokens,
+    # and sooner where facts are near.
     phases: tuple[Phase, ...] = (
-        Phase(0.35, 256, 16384, 0.7, 0.6),
-        Phase(0.25, 1024, 32768, 0.6, 0.5),
-        Phase(0.20, 4096, 65536, 0.5, 0.4),
-        Phase(0.15, 32768, 65536, 0.5, 0.25),
-        Phase(0.05, 65536, 65536, 0.5, 0.2),
+        Phase(0.20, 128, 16384, 0.8, 0.7),
+        Phase(0.22, 256, 16384, 0.7, 0.6),
+        Phase(0.26, 1024, 32768, 0.6, 0.5),
+        Phase(0.18, 4096, 65536, 0.5, 0.4),
+        Phase(0.11, 32768, 65536, 0.5, 0.25),
+        Phase(0.03, 65536, 65536, 0.5, 0.2),
     )
     # Rows of up to top_k blocks are attended whole in both stages: the run from scratch is sparse from 4096 tokens on.
-    warmup_share: float = 0.35  # of the steps: dense attention, index branch trained on all tokens
-    convert_at: float = 0.7  # where the converted run leaves the GQA run
+    warmup_share: float = 0.42  # of the steps: dense attention, index branch trained on all tokens
+    convert_at: float = 0.77  # where the converted run leaves the GQA run
     convert_warmup_share: float = 0.25  # of the converted run's own steps
     lr: float = 3e-3
     lr_warmup_steps: int = 100
-    final_lr: float = 0.05  # of lr
+    final_lr: float = 0.1  # of lr
     weight_decay: float = 0.1
     clip: float = 1.0
     kl_coefficient: float = 1.0

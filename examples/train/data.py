@@ -126,7 +126,7 @@ def encode_texts(job: tuple[str, list[str]]) -> np.ndarray:
     return np.concatenate(ids) if ids else np.zeros(0, np.uint16)
 
 
-def jobs_of(texts: list[str], path: str, size: int = 1 << 19) -> Iterator[tuple[str, list[str]]]:
+def jobs_of(texts: list[str], path: str, size: int = 1 << 18) -> Iterator[tuple[str, list[str]]]:
     batch: list[str] = []
     for text in texts:
         batch.append(text)
@@ -144,7 +144,7 @@ def write_split(
     path = str(out / "tokenizer.json")
     documents: list[dict[str, object]] = []
     position, begin, names = 0, 0, []
-    pending = [(name, list(pool.map(encode_texts, jobs_of(texts, path)))) for name, texts in packages.items()]
+    pending = [(name, pool.map(encode_texts, jobs_of(texts, path))) for name, texts in packages.items()]
     with open(out / f"{split}.bin", "wb") as file:
         for name, parts in pending:
             for ids in parts:
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--packages", default="", help="take these only, comma separated")
     parser.add_argument("--heldout", default="", help="hold these out; default: chosen by hash and size")
     parser.add_argument("--heldout-share", type=float, default=0.02)
-    parser.add_argument("--max-mb", type=float, default=160, help="megabytes of text in all")
+    parser.add_argument("--max-mb", type=float, default=120, help="megabytes of text in all")
     parser.add_argument("--max-package-mb", type=float, default=32)
     parser.add_argument("--tokenizer-mb", type=float, default=24, help="megabytes that train the tokenizer")
     parser.add_argument("--min-tokens", type=int, default=131072, help="per document")

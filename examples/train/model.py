@@ -167,7 +167,8 @@ class Layer(nn.Module):
             return self.finish(x, ops.dense_attention(q, k, v, **shared)[0]), None
         q, k, v, index_q, index_k = self.project(x, cos, sin, True)
         block_ids = None
-        if stage == "sparse":
+        # Where every query selects all that it sees, both stages are the same.
+        if stage == "sparse" and int(x.shape[0]) // (cu.numel() - 1) > self.config.block_size * self.config.top_k:
             block_ids = ops.indexer(index_q, index_k, top_k=self.config.top_k, **shared)
             out, _ = ops.sparse_attention(q, k, v, block_ids, **shared)
         else:
@@ -234,8 +235,8 @@ def initialise(model: Model, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def compile_parts(model: Model) -> None:
-    """Compiles what stands between attentions; its shapes do not depend on the length of a row."""
+def compile_parts(model: Model, dynamic: bool) -> None:
+    """Compiles what stands between attentions: once per number of tokens of a step, or once for all."""
     for layer in model.layers:
-        layer.project = torch.compile(layer.project, dynamic=False)  # type: ignore[method-assign]
-        layer.finish = torch.compile(layer.finish, dynamic=False)  # type: ignore[method-assign]
+        layer.project = torch.compile(layer.project, dynamic=dynamic)  # type: ignore[method-assign]
+        layer.finish = torch.compile(layer.finish, dynamic=dynamic)  # type: ignore[method-assign]

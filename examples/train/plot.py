@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of the runs: loss, KL loss, retrieval by length, recall of the index branch. Needs matplotlib.
+"""Plots and tables of the runs: loss, KL loss, retrieval by length, recall of the index branch. Needs matplotlib.
 
     python examples/train/plot.py --runs runs --summary docs/experiments/summary.json --out docs/experiments
 """
@@ -84,6 +84,32 @@ def plot_evaluation(summary: dict[str, Any], out: pathlib.Path) -> None:
     finish(figure, out / "evaluation.png")
 
 
+def write_tables(summary: dict[str, Any], path: pathlib.Path) -> None:
+    """Markdown: a row per run."""
+    runs = summary["runs"]
+    head = f"{summary['device']}, {summary['date'][:10]}; {summary['trials']} rows per length and task."
+    lines = ["# Results", "", "Written by `examples/train/plot.py`. " + head, ""]
+
+    def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
+        lines.extend([f"## {title}", "", "| run | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))])
+        lines.extend(f"| {NAMES[run]} | " + " | ".join(cells) + " |" for run, cells in rows.items())
+        lines.append("")
+
+    first = next(iter(runs.values()))
+    losses = {run: [f"{value:.4f}" for value in result["validation_loss"].values()] for run, result in runs.items()}
+    table("Held-out loss by position, nats per token", list(first["validation_loss"]), losses)
+    for task, title in (("pass_key", "Pass keys found by tokens of context"), ("pairs", "Pairs of words found by tokens of context")):
+        cells = {run: [f"{100 * value:.0f}%" for value in result[task].values()] for run, result in runs.items()}
+        table(title, list(first[task]), cells)
+    recalls = {run: next(iter(result["recall"].values())) for run, result in runs.items() if "recall" in result}
+    for name in ("block_recall", "score_recall"):
+        cells = {run: [f"{value:.2f}" for value in recall[name]] for run, recall in recalls.items()}
+        if cells:
+            layers = [f"sparse layer {layer + 1}" for layer in range(len(next(iter(cells.values()))))]
+            table(name.replace("_", " ").capitalize(), layers, cells)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+
+
 def finish(figure: Any, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=80)
@@ -98,7 +124,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     plot_training(args.runs, args.out)
-    plot_evaluation(json.loads(args.summary.read_text()), args.out)
+    summary = json.loads(args.summary.read_text())
+    plot_evaluation(summary, args.out)
+    write_tables(summary, args.out / "results.md")
 
 
 if __name__ == "__main__":

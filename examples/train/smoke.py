@@ -53,9 +53,9 @@ def same_weights(first: pathlib.Path, second: pathlib.Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def common(folder: pathlib.Path, out: str, run: str) -> list[str]:
+def common(folder: pathlib.Path, out: str, run: str, attention: str = "torch") -> list[str]:
     return ["--data", str(folder / "data"), "--out", str(folder / out), "--recipe", run, "--preset", "smoke", "--device", "cpu",
-            "--attention", "torch", "--log-every", "2"]  # fmt: skip
+            "--attention", attention, "--log-every", "2"]  # fmt: skip
 
 
 def check_runs(folder: pathlib.Path, checks: Checks) -> None:
@@ -77,6 +77,16 @@ def check_runs(folder: pathlib.Path, checks: Checks) -> None:
     difference = same_weights(folder / "parts/msa/latest.pt", folder / "whole/msa/latest.pt")
     # Sums in another order differ by f32 rounding; Adam's first steps are lr * sign and amplify it where gradients vanish.
     checks.check("accumulated gradients give nearly the same weights", difference < 1e-2, f"({difference:.1e})")
+
+
+def check_library(folder: pathlib.Path, checks: Checks) -> None:
+    if importlib.util.find_spec("msa_cpp") is None:
+        checks.skip("msa_cpp.torch", "not installed")
+        return
+    for attention in ("torch", "msa"):
+        train.main([*common(folder, attention, "msa", attention), "--stop-step", "14"])  # the last steps are sparse
+    difference = same_weights(folder / "torch/msa/latest.pt", folder / "msa/msa/latest.pt")
+    checks.check("msa_cpp.torch trains nearly the same weights", difference < 1e-2, f"({difference:.1e})")
 
 
 def check_parallel(folder: pathlib.Path, checks: Checks) -> None:
@@ -153,6 +163,7 @@ def main() -> int:
                    "asyncio", "--vocab", "640", "--min-tokens", "32768", "--workers", "2"]  # fmt: skip
         checks.check("data", subprocess.run(command).returncode == 0)
         check_runs(folder, checks)
+        check_library(folder, checks)
         if args.no_parallel:
             checks.skip("DDP and FSDP", "--no-parallel")
         else:

@@ -115,7 +115,7 @@ class Planter:
         keys = [k for k in rng.choice(self.words, 8, replace=False).tolist() if k not in used]
         used.update(keys)
         values = rng.choice(self.words, len(keys)).tolist()
-        order = rng.permutation(len(keys))[: max(1, len(keys) // 2)]
+        order = rng.permutation(len(keys))
         first = self.pair_list(keys, values, PLANTED)
         return first, self.pair_list([keys[i] for i in order], [values[i] for i in order], ANSWER)
 
@@ -128,8 +128,8 @@ class Planter:
         kinds += [PLANTED] * len(self.line)
         return np.array(ids, dtype=np.uint16), np.array(kinds, dtype=np.uint8)
 
-    def run(self, rng: np.random.Generator) -> tuple[Pieces, Pieces]:
-        ids = rng.integers(self.vocab_size, size=rng.integers(12, 97)).astype(np.uint16)
+    def run(self, rng: np.random.Generator, longest: int) -> tuple[Pieces, Pieces]:
+        ids = rng.integers(self.vocab_size, size=rng.integers(6, longest + 1)).astype(np.uint16)
         kinds = np.full(len(ids), REPEAT, dtype=np.uint8)
         kinds[:2] = PLANTED  # nothing tells that the repetition begins
         return (ids, np.full(len(ids), PLANTED, dtype=np.uint8)), (ids, kinds)
@@ -145,12 +145,12 @@ def planted_row(
     total = 0
     while True:
         draw = rng.random()
-        if draw < 0.5:
+        if draw < 0.35:
             fact = planter.pass_key(rng, names)
-        elif draw < 0.8 and len(keys) < len(planter.words) // 2:
+        elif draw < 0.7 and len(keys) < len(planter.words) // 2:
             fact = planter.pairs(rng, keys)
         else:
-            fact = planter.run(rng)
+            fact = planter.run(rng, max(6, min(96, length // 8)))
         size = len(fact[0][0]) + len(fact[1][0])
         if total + size > max(planted * length, 160) or total + size > length:
             break

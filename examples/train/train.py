@@ -110,9 +110,9 @@ class Trainer:
         initialise(model, schedule.seed)
         self.model = model.to(self.device)
         self.objective: nn.Module = Objective(self.model, schedule.kl_coefficient).to(self.device)
-        if args.compile:
-            compile_parts(self.model)
-            self.objective.head = torch.compile(self.objective.head, dynamic=False)  # type: ignore[method-assign]
+        if args.compile != "none":
+            compile_parts(self.model, dynamic=args.compile == "dynamic")
+            self.objective.head = torch.compile(self.objective.head, dynamic=args.compile == "dynamic")  # type: ignore[method-assign]
         if self.world > 1 and args.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
@@ -194,7 +194,7 @@ class Trainer:
         steps = range(self.step, min(schedule.steps, args.stop_step or schedule.steps))
         loader = DataLoader(
             dataset, batch_size=None, sampler=steps, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", multiprocessing_context="spawn" if args.workers else None,
         )  # fmt: skip
         log = Log(self.folder / "log.csv", self.step) if self.rank == 0 else None
         mark, tokens = begin, 0
@@ -203,6 +203,7 @@ class Trainer:
                 break
             if args.recipe == "gqa" and self.step == schedule.convert_step():
                 self.save("convert.pt")
+            torch.manual_seed(schedule.seed + self.step)  # what an operation samples depends on the step alone
             phase, stage = schedule.phase_of(self.step), stage_of(args.recipe, self.step, schedule)
             results = self.train_step(batch, stage)
             self.step += 1
@@ -281,13 +282,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=("auto", "msa", "flex", "torch"), default="auto")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU, but with fsdp")
+    parser.add_argument("--compile", choices=("dynamic", "static", "none"), help="default: static on a GPU without fsdp, else none")
     parser.add_argument("--workers", type=int, default=None, help="processes that make rows; default 0 on a CPU, else 6")
     parser.add_argument("--log-every", type=int, default=5, help="steps")
     args = parser.parse_args(argv)
     gpu = args.device.startswith("cuda")
     if args.compile is None:
-        args.compile = gpu and args.parallel != "fsdp"
+        args.compile = "static" if gpu and args.parallel != "fsdp" else "none"
     if args.workers is None:
         args.workers = 6 if gpu else 0
     return args

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The runtime against transformers: fixtures/ holds checkpoints and what transformers makes of them
-// in f32 (make_model_fixtures.py). Logits may differ by 1e-4 of the largest one, the bound that the
-// project set itself (f32 rounding reaches some 1e-6); what is chosen, blocks and tokens, must be
-// the same.
+// in f32 (make_model_fixtures.py); trained_smoke and its results are PyTorch's, from the training
+// recipe (make_trained_fixture.py). Logits may differ by 1e-4 of the largest one, the bound that
+// the project set itself (f32 rounding reaches some 1e-6); what is chosen, blocks and tokens, must
+// be the same.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -187,7 +188,7 @@ TEST_P(TransformersTest, GreedyContinuationWithCache) { check_continuation(512);
 
 INSTANTIATE_TEST_SUITE_P(SlowFixtures, TransformersTest,
                          testing::Values("group2_block16", "group8_block128", "group1_all_blocks",
-                                         "group4_released"),
+                                         "group4_released", "trained_smoke"),
                          [](const auto& fixture) { return std::string(fixture.param); });
 
 class ShortTransformersTest : public TransformersTest {};
@@ -211,7 +212,7 @@ TEST_P(ShortTransformersTest, ReferenceBackend) {
 
 // Those of at most 517 tokens.
 INSTANTIATE_TEST_SUITE_P(Fixtures, ShortTransformersTest,
-                         testing::Values("group2_block16", "group1_all_blocks"),
+                         testing::Values("group2_block16", "group1_all_blocks", "trained_smoke"),
                          [](const auto& fixture) { return std::string(fixture.param); });
 
 }  // namespace
