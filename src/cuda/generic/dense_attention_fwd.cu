@@ -5,9 +5,9 @@
 // docs/kernels/cuda_generic.md.
 #include <algorithm>
 
+#include "cuda/common/attention.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/cuda.hpp"
-#include "cuda/generic/attention.cuh"
 
 namespace msa::cuda::generic {
 namespace {

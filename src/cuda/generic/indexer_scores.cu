@@ -5,12 +5,12 @@
 // keeps each row's running maximum until the block ends. See docs/kernels/cuda_generic.md.
 #include <algorithm>
 
+#include "cuda/common/keys.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/support.hpp"
+#include "cuda/common/tile.cuh"
 #include "cuda/cuda.hpp"
 #include "cuda/generic/indexer_scores.hpp"
-#include "cuda/generic/keys.cuh"
-#include "cuda/generic/tile.cuh"
 
 namespace msa::cuda::generic {
 namespace {

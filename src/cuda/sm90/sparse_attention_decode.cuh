@@ -17,10 +17,10 @@
 
 #include <type_traits>
 
+#include "cuda/common/attention.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/barrier.cuh"
 #include "cuda/common/ptx/cluster.cuh"
-#include "cuda/generic/attention.cuh"
 #include "cuda/sm90/sparse_attention_decode.hpp"
 #include "cuda/sm90/sparse_attention_widen.cuh"
 
@@ -192,7 +192,7 @@ inline constexpr int kDecodeWarpsPerSm = 8;  // of 255 registers
 
 template <class T, class Element, int kDim, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
-    sparse_attention_decode_kernel(const __grid_constant__ generic::AttentionParams g) {
+    sparse_attention_decode_kernel(const __grid_constant__ AttentionParams g) {
   using Fragments = DecodeFragments<T, Element, kDim>;
   constexpr int kLaneDims = kDim / 32;
   using LaneVector = std::conditional_t<kLaneDims == 4, float4, float2>;
@@ -243,10 +243,10 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
     DecodeBlock block{};
     // The page does not wait for the sequence's length, which may still be under way.
     if (first >= 0 && first < g.batch.max_seq_len_k) {
-      block.k = generic::token_address(g.batch, sequence, g.k, kv_head, first);
-      block.v = generic::token_address(g.batch, sequence, g.v, kv_head, first);
+      block.k = token_address(g.batch, sequence, g.k, kv_head, first);
+      block.v = token_address(g.batch, sequence, g.v, kv_head, first);
     }
-    const std::int64_t visible = generic::num_visible_keys(sequence, row);
+    const std::int64_t visible = num_visible_keys(sequence, row);
     if (block.k != nullptr && first < visible) {
       block.num_keys = static_cast<int>(min(std::int64_t{g.batch.block_size}, visible - first));
     }
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
     const int first = (chunk & ((1 << chunk_shift) - 1)) * kDecodeAttentionKeys;
     return min(blocks[chunk >> chunk_shift].num_keys - first, kDecodeAttentionKeys);
   };
-  const auto offset_of = [&](int chunk, const generic::KeyRows& rows) {
+  const auto offset_of = [&](int chunk, const KeyRows& rows) {
     return (chunk & ((1 << chunk_shift) - 1)) * kDecodeAttentionKeys * rows.token_stride;
   };
   const auto next_chunk = [&](int chunk) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
     fragments.load_values(blocks[chunk >> chunk_shift].v + offset_of(chunk, g.v), g.v.token_stride,
                           keys_of(chunk));
   };
-  generic::SoftmaxRows<T, kDim> rows;
+  SoftmaxRows<T, kDim> rows;
   std::uint32_t nan = 0;
   int chunk = next_chunk(warp - kWarps);
   if (chunk < num_chunks) {
@@ -339,10 +339,10 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
       not_finite = fmaf(static_cast<float>(rounded), 0.0f, not_finite);
       out[i] = rounded;
     }
-    if (lane == 0) g.store_lse(row, head0 + r, generic::natural_lse(ml.x, ml.y));
-    if (__any_sync(~0u, !(not_finite == 0.0f) || generic::is_huge(ml.x))) {
+    if (lane == 0) g.store_lse(row, head0 + r, natural_lse(ml.x, ml.y));
+    if (__any_sync(~0u, !(not_finite == 0.0f) || is_huge(ml.x))) {
       __syncwarp();
-      generic::exact_row<T>(g, row, head0 + r);
+      exact_row<T>(g, row, head0 + r);
     }
   };
 #pragma unroll 1
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
 }
 
 template <class T, class Element, int kDim, int kWarps>
-void launch_decode_warps(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+void launch_decode_warps(const AttentionParams& params, int num_kv_heads, int num_splits,
                          cudaStream_t stream) {
   const auto kernel = sparse_attention_decode_kernel<T, Element, kDim, kWarps>;
   if (num_splits > 8) {
@@ -411,12 +411,11 @@ void launch_decode_warps(const generic::AttentionParams& params, int num_kv_head
 }
 
 template <class T, class Element, int kDim>
-void launch_decode(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+void launch_decode(const AttentionParams& params, int num_kv_heads, DecodeSplit split,
                    cudaStream_t stream) {
-  const auto launch_kernel = num_splits >= 8
-                                 ? launch_decode_warps<T, Element, kDim, kDecodeManyWarps>
-                                 : launch_decode_warps<T, Element, kDim, kDecodeFewWarps>;
-  launch_kernel(params, num_kv_heads, num_splits, stream);
+  const auto launch_kernel = split.wide ? launch_decode_warps<T, Element, kDim, kDecodeManyWarps>
+                                        : launch_decode_warps<T, Element, kDim, kDecodeFewWarps>;
+  launch_kernel(params, num_kv_heads, split.ctas, stream);
 }
 
 }  // namespace msa::cuda::sm90

@@ -3,12 +3,12 @@
 
 namespace msa::cuda::sm90 {
 
-void launch_decode_bf16(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+void launch_decode_bf16(const AttentionParams& params, int num_kv_heads, DecodeSplit split,
                         cudaStream_t stream) {
   if (params.head_dim == 64) {
-    launch_decode<__nv_bfloat16, __nv_bfloat16, 64>(params, num_kv_heads, num_splits, stream);
+    launch_decode<__nv_bfloat16, __nv_bfloat16, 64>(params, num_kv_heads, split, stream);
   } else {
-    launch_decode<__nv_bfloat16, __nv_bfloat16, 128>(params, num_kv_heads, num_splits, stream);
+    launch_decode<__nv_bfloat16, __nv_bfloat16, 128>(params, num_kv_heads, split, stream);
   }
 }
 

@@ -3,12 +3,12 @@
 
 namespace msa::cuda::sm90 {
 
-void launch_decode_f16(const generic::AttentionParams& params, int num_kv_heads, int num_splits,
+void launch_decode_f16(const AttentionParams& params, int num_kv_heads, DecodeSplit split,
                        cudaStream_t stream) {
   if (params.head_dim == 64) {
-    launch_decode<__half, __half, 64>(params, num_kv_heads, num_splits, stream);
+    launch_decode<__half, __half, 64>(params, num_kv_heads, split, stream);
   } else {
-    launch_decode<__half, __half, 128>(params, num_kv_heads, num_splits, stream);
+    launch_decode<__half, __half, 128>(params, num_kv_heads, split, stream);
   }
 }
 

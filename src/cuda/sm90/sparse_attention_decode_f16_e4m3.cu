@@ -3,9 +3,9 @@
 
 namespace msa::cuda::sm90 {
 
-void launch_decode_f16_e4m3(const generic::AttentionParams& params, int num_kv_heads,
-                            int num_splits, cudaStream_t stream) {
-  launch_decode<__half, std::uint8_t, 128>(params, num_kv_heads, num_splits, stream);
+void launch_decode_f16_e4m3(const AttentionParams& params, int num_kv_heads, DecodeSplit split,
+                            cudaStream_t stream) {
+  launch_decode<__half, std::uint8_t, 128>(params, num_kv_heads, split, stream);
 }
 
 }  // namespace msa::cuda::sm90

@@ -10,12 +10,12 @@
 #include <optional>
 #include <string>
 
+#include "cuda/common/keys.cuh"
 #include "cuda/common/ptx/math.cuh"
 #include "cuda/common/support.hpp"
-#include "cuda/generic/keys.cuh"
-#include "cuda/generic/tile.cuh"
+#include "cuda/common/tile.cuh"
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 
 inline constexpr int kMostDim = 256;
 
@@ -292,4 +292,4 @@ __device__ __noinline__ void exact_row(const AttentionParams& g, std::int64_t ro
   if (lane == 0) g.store_lse(row, head, static_cast<float>(m + log(l)));
 }
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda

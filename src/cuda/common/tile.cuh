@@ -15,7 +15,7 @@
 #include "cuda/common/ptx/mma.cuh"
 #include "msa/tensor.hpp"
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 
 /// Elements between rows of a tile.
 template <int kDim>
@@ -124,4 +124,4 @@ __device__ __forceinline__ void multiply_pv(float (&o)[kDim / 8][4], const std::
   }
 }
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda

@@ -10,9 +10,9 @@
 #include <cstdint>
 
 #include "cuda/common/batch.cuh"
-#include "cuda/generic/tile.cuh"
+#include "cuda/common/tile.cuh"
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 
 /// Keys, values or index keys as kernels get them. Strides are in bytes.
 struct KeyRows {
@@ -82,4 +82,4 @@ inline int tokens_per_tile(int rows, int heads, std::int64_t total_q, std::int64
   return static_cast<int>(tokens > 0 ? tokens : 1);
 }
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda
