@@ -22,9 +22,11 @@ def whole(value: Any) -> Any:
 
 
 def placed(value: Any, like: Tensor) -> Any:
-    """The inverse: on the device of `like` and sharded as it is. Scalars (AdamW's step) keep their place."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    """The inverse: on the device of `like` and sharded as it is."""
+    if not isinstance(value, Tensor):
         return value
+    if value.dim() == 0:  # AdamW's step: beside the weight where the update is one CUDA kernel, else on the CPU
+        return value.to(like.device) if like.device.type == "cuda" else value
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 

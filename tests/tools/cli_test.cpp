@@ -315,13 +315,18 @@ TEST_F(Cli, RunSaysWhatIsWrong) {
 }
 
 TEST_F(Cli, CtrlCEndsCleanly) {
-  std::ofstream(path("prompt")) << std::string(200000,
-                                               'x');  // minutes of work, were it not stopped
+  std::ofstream(path("prompt")) << std::string(200000, 'x');  // minutes, were it not stopped
   const pid_t child = start(
       {"run", "--model", kModel, "--prompt-file", path("prompt"), "--json", path("run.json")});
-  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+  // The first line of progress, 5 s into the prefill on a free machine: a fixed sleep would race
+  // with a slow start, before the handler is there.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+  while (!has(read_file(path("err")), "prefill [") && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
   kill(child, SIGINT);
   const Result result = finish(child);
+  EXPECT_TRUE(has(result.errors, "prefill ["));
   EXPECT_EQ(result.status, 130) << result.output << result.errors;
   EXPECT_TRUE(has(result.output, "ended by cancelled"));
   EXPECT_EQ(report("run.json").at("runs")[0].at("finish_reason"), "cancelled");
