@@ -56,7 +56,8 @@ __device__ __forceinline__ KeyBlock key_block_of_bin(const DeviceBatch& batch, s
     const std::int64_t middle = (low + high) / 2;
     (first_bin(batch, sequence_at(batch, middle)) <= bin ? low : high) = middle;
   }
-  KeyBlock key_block;
+  KeyBlock key_block{};
+  if (batch.batch_size == 0) return key_block;
   key_block.sequence = sequence_at(batch, low);
   key_block.block = bin - first_bin(batch, key_block.sequence);
   key_block.exists =
