@@ -443,18 +443,23 @@ void Inputs::make_block_ids() {
   }
 }
 
-void Inputs::make_forward_results() {
+template <class Forward>
+void Inputs::make_forward_results(GuardedTensor& out_tensor, GuardedTensor& lse_tensor) {
   const Problem& p = spec.problem;
-  out = GuardedTensor(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, spec.row_gap,
-                      GuardedTensor::kPoison);
-  lse = GuardedTensor(spec.dtype == DType::f64 ? DType::f64 : DType::f32, {total_q, p.num_q_heads},
-                      spec.row_gap, GuardedTensor::kPoison);
-  SparseAttentionForward forward = args<SparseAttentionForward>();
-  forward.out = out;
-  forward.lse = lse;
-  reference::sparse_attention_forward(forward);
-  out.seal();
-  lse.seal();
+  out_tensor = GuardedTensor(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, spec.row_gap,
+                             GuardedTensor::kPoison);
+  lse_tensor = GuardedTensor(spec.dtype == DType::f64 ? DType::f64 : DType::f32,
+                             {total_q, p.num_q_heads}, spec.row_gap, GuardedTensor::kPoison);
+  auto forward = args<Forward>();
+  forward.out = out_tensor;
+  forward.lse = lse_tensor;
+  if constexpr (requires { forward.block_ids; }) {
+    reference::sparse_attention_forward(forward);
+  } else {
+    reference::dense_attention_forward(forward);
+  }
+  out_tensor.seal();
+  lse_tensor.seal();
 }
 
 template <class Visit>
@@ -477,6 +482,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("dout", dout);
   visit("out", out);
   visit("lse", lse);
+  visit("dense out", dense_out);
+  visit("dense lse", dense_lse);
   visit("new k", new_k);
   visit("new v", new_v);
   visit("new index_k", new_index_k);
@@ -550,15 +557,20 @@ DenseAttentionForward Inputs::args() {
 }
 template <>
 SparseAttentionBackward Inputs::args() {
-  if (!out.given()) make_forward_results();
+  GuardedTensor& of_out = warm_up ? dense_out : out;
+  GuardedTensor& of_lse = warm_up ? dense_lse : lse;
+  if (!of_out.given()) {
+    warm_up ? make_forward_results<DenseAttentionForward>(of_out, of_lse)
+            : make_forward_results<SparseAttentionForward>(of_out, of_lse);
+  }
   return {.problem = spec.problem,
           .batch = batch,
           .q = q,
           .k = k,
           .v = v,
           .block_ids = warm_up ? TensorView{} : block_ids.view(),
-          .out = out,
-          .lse = lse,
+          .out = of_out,
+          .lse = of_lse,
           .dout = dout};
 }
 template <>

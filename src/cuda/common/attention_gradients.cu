@@ -26,14 +26,11 @@ __device__ __noinline__ RowStatistics exact_statistics(const AttentionGradients&
   for_each_exact<T>(g, row, head, [&](std::int64_t, double s, double) {
     sum += s == -INFINITY ? 0.0 : exp(s - maximum);
   });
-  ExactSoftmax softmax{maximum, sum == 0.0 ? 0.0 : 1.0 / sum, 0.0};
+  ExactStatistics softmax{maximum, sum == 0.0 ? 0.0 : 1.0 / sum, 0.0};
   for_each_exact<T>(g, row, head, [&](std::int64_t, double s, double dp) {
     softmax.delta += softmax.probability(s) * dp;
   });
-  if (threadIdx.x % 32 == 0) {
-    g.exact[g.statistic(row, head)] = {softmax.maximum, static_cast<float>(softmax.reciprocal),
-                                       static_cast<float>(softmax.delta)};
-  }
+  if (threadIdx.x % 32 == 0) g.exact[g.statistic(row, head)] = softmax;
   return {NAN, 0.0f};
 }
 

@@ -28,12 +28,16 @@ struct RowStatistics {
   float delta;  ///< sum over d of dout[d] * out[d]; 0 with an lse that is not finite
 };
 
-/// The same where RowStatistics has NaN: P = exp(S - maximum) * reciprocal, which is 0 where
-/// reciprocal is.
+/// A softmax in double, natural: of rows where RowStatistics have NaN. Its delta is sum(P dP) over
+/// the support.
 struct ExactStatistics {
   double maximum;
-  float reciprocal;
-  float delta;
+  double reciprocal;
+  double delta;
+
+  __device__ __forceinline__ double probability(double s) const {
+    return reciprocal == 0.0 ? 0.0 : exp(s - maximum) * reciprocal;
+  }
 };
 
 /// Rows (token, head) of a tensor. Strides are in bytes.
@@ -155,18 +159,7 @@ inline std::optional<std::string> declines_gradients(const SparseAttentionBackwa
 /// that need more.
 void compute_row_statistics(const AttentionGradients& g, DType dtype, cudaStream_t stream);
 
-/// A row's softmax in double: P = exp(s - maximum) * reciprocal.
-struct ExactSoftmax {
-  double maximum;
-  double reciprocal;
-  double delta;
-
-  __device__ __forceinline__ double probability(double s) const {
-    return reciprocal == 0.0 ? 0.0 : exp(s - maximum) * reciprocal;
-  }
-};
-
-__device__ __forceinline__ ExactSoftmax exact_softmax(const AttentionGradients& g, std::int64_t row,
+__device__ __forceinline__ ExactStatistics softmax_of(const AttentionGradients& g, std::int64_t row,
                                                       int head) {
   constexpr double kLn2 = 0.69314718055994530942;
   const RowStatistics regular = g.statistics[g.statistic(row, head)];
@@ -175,8 +168,7 @@ __device__ __forceinline__ ExactSoftmax exact_softmax(const AttentionGradients& 
     return {empty ? 0.0 : static_cast<double>(regular.lse) * kLn2, empty ? 0.0 : 1.0,
             static_cast<double>(regular.delta)};
   }
-  const ExactStatistics exact = g.exact[g.statistic(row, head)];
-  return {exact.maximum, static_cast<double>(exact.reciprocal), static_cast<double>(exact.delta)};
+  return g.exact[g.statistic(row, head)];
 }
 
 /// The dot product of two rows, by a warp; every lane gets it.
@@ -224,7 +216,7 @@ template <class T>
 __device__ __noinline__ void dq_row(const AttentionGradients& g, std::int64_t row, int head) {
   constexpr int kShare = kMostDim / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const ExactSoftmax softmax = exact_softmax(g, row, head);
+  const ExactStatistics softmax = softmax_of(g, row, head);
   double sums[kShare] = {};
   for_each_exact<T>(g, row, head, [&](std::int64_t key, double s, double dp) {
     const double ds = g.scale * softmax.probability(s) * (dp - softmax.delta);
@@ -259,7 +251,7 @@ __device__ __noinline__ void dkv_row(const AttentionGradients& g, std::int64_t b
     if (key_block.limit(g.batch.block_size, row) <= token) continue;
 #pragma unroll 1
     for (int head = kv_head * g.group_size; head < (kv_head + 1) * g.group_size; ++head) {
-      const ExactSoftmax softmax = exact_softmax(g, row, head);
+      const ExactStatistics softmax = softmax_of(g, row, head);
       const T* const q = reinterpret_cast<const T*>(g.q.at(row, head));
       const T* const dout = reinterpret_cast<const T*>(g.dout.at(row, head));
       const double s = g.scale * exact_dot<T>(g.q.at(row, head), g.k.at(key, kv_head), g.head_dim);

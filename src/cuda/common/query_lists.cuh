@@ -103,9 +103,9 @@ __device__ __forceinline__ QueryList queries(const DeviceBatch& batch, const Que
 /// What build_query_lists() reads and writes.
 struct QueryListBuild {
   DeviceBatch batch;
-  const std::int32_t* block_ids;  ///< [num_kv_heads][total_q][top_k]; null: nothing to build
+  const std::int32_t* block_ids;  ///< [num_kv_heads][total_q][top_k]
   std::int64_t head_stride, token_stride;
-  std::int32_t* rows;
+  std::int32_t* rows;  ///< as in QueryLists; null: nothing to build
   std::int32_t* begins;
   std::int32_t* counts;  ///< [num_kv_heads][num_chunks][num_bins]
   std::int64_t num_bins;
