@@ -72,7 +72,8 @@ GuardedTensor ints(const std::vector<std::int64_t>& shape, int gap,
 
 }  // namespace
 
-Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed) {
+Inputs::Inputs(const Case& case_spec)
+    : spec(case_spec), teacher_lse(case_spec.seed / 4 % 2 == 1), random_(case_spec.seed) {
   make_batch();
   make_keys();
   make_queries();
@@ -457,6 +458,30 @@ void Inputs::make_forward_results() {
   lse.seal();
 }
 
+/// Of the forward pass over what a backward operation's support is.
+TensorView Inputs::lse_of_support() {
+  const Problem& p = spec.problem;
+  GuardedTensor& to = warm_up ? dense_lse : sparse_lse;
+  if (to.given()) return to;
+  const DType wide = spec.dtype == DType::f64 ? DType::f64 : DType::f32;
+  to = GuardedTensor(wide, {total_q, p.num_q_heads}, spec.row_gap, GuardedTensor::kPoison);
+  const GuardedTensor unused(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, 0,
+                             GuardedTensor::kPoison);
+  if (warm_up) {
+    auto forward = args<DenseAttentionForward>();
+    forward.out = unused;
+    forward.lse = to;
+    reference::dense_attention_forward(forward);
+  } else {
+    auto forward = args<SparseAttentionForward>();
+    forward.out = unused;
+    forward.lse = to;
+    reference::sparse_attention_forward(forward);
+  }
+  to.seal();
+  return to;
+}
+
 template <class Visit>
 void Inputs::for_each_tensor(Visit visit) {
   visit("cu_seqlens_q", cu_seqlens_q);
@@ -477,6 +502,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("dout", dout);
   visit("out", out);
   visit("lse", lse);
+  visit("lse of the selected blocks", sparse_lse);
+  visit("lse of all tokens", dense_lse);
   visit("new k", new_k);
   visit("new v", new_v);
   visit("new index_k", new_index_k);
@@ -569,7 +596,8 @@ IndexerKlBackward Inputs::args() {
           .k = k,
           .index_q = index_q,
           .index_k = index_k,
-          .block_ids = warm_up ? TensorView{} : block_ids.view()};
+          .block_ids = warm_up ? TensorView{} : block_ids.view(),
+          .lse = teacher_lse != warm_up ? lse_of_support() : TensorView{}};
 }
 template <>
 AppendKv Inputs::args() {
