@@ -47,8 +47,11 @@ constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
 constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
-constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&cpu::kIndexerKlBackward,
-                                                          &reference::kIndexerKlBackward};
+constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kIndexerKlBackward,
+#endif
+    &cpu::kIndexerKlBackward, &reference::kIndexerKlBackward};
 constexpr List<AppendKv> kAppendKv[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::generic::kAppendKv,
