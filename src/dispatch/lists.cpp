@@ -46,6 +46,9 @@ constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
 #endif
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
 constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kSparseAttentionBackward,
+#endif
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
 constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {
 #ifdef MSA_WITH_CUDA

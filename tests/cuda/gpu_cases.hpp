@@ -21,6 +21,10 @@ std::vector<Case> large_cases();
 /// Scaled and large cases with e4m3 k, v, index_q and index_k; q stays of 16 bits.
 std::vector<Case> fp8_cases();
 
+/// For the backward operations: M3's shape and others that only they can tell apart, few tokens,
+/// since the reference judges every row.
+std::vector<Case> gradient_cases();
+
 /// For the index operations alone: enough rows for the clusters of sm90 whose CTAs share keys.
 std::vector<Case> cluster_cases();
 

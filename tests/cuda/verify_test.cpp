@@ -118,7 +118,12 @@ class Totals : public ::testing::Environment {
 [[maybe_unused]] const auto* const kRegistered =
     ::testing::AddGlobalTestEnvironment(&Totals::get());
 
-enum class Operations { all, index };
+enum class Operations { all, forward, index, backward };
+
+/// Values whose gradients pass the end of the type.
+bool overflows(const Case& spec) {
+  return spec.values == Values::largest || spec.values == Values::coarse;
+}
 
 /// All backends on one case.
 void verify_case(const Case& spec, const Effort& effort, Operations operations = Operations::all) {
@@ -135,6 +140,15 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
   for (const std::string backend :
        {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer", "cuda_sm90_decode"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
+    const bool gradients = operations == Operations::all || operations == Operations::backward;
+    for (const bool warm_up : {false, true}) {
+      if (!gradients || overflows(spec)) continue;
+      inputs.warm_up = warm_up;
+      one(backend, SparseAttentionBackward{});
+      one(backend, IndexerKlBackward{});
+    }
+    inputs.warm_up = false;
+    if (operations == Operations::backward) continue;
     one(backend, IndexerScores{});
     one(backend, Indexer{});
     if (operations == Operations::index) continue;
@@ -160,7 +174,7 @@ class GpuLarge : public ::testing::TestWithParam<Case> {};
 TEST_P(GpuLarge, MatchesTheReference) {
   Effort effort = repeated();
   effort.max_rows = 16;
-  verify_case(GetParam(), effort);
+  verify_case(GetParam(), effort, Operations::forward);
 }
 INSTANTIATE_TEST_SUITE_P(Table, GpuLarge, ::testing::ValuesIn(large_cases()),
                          [](const auto& test) { return test.param.name; });
@@ -171,9 +185,16 @@ TEST_P(GpuFp8, MatchesTheReference) {
   Effort effort = repeated();
   effort.num_runs = std::min(effort.num_runs, 4);
   effort.max_rows = 16;
-  verify_case(GetParam(), effort);
+  verify_case(GetParam(), effort, Operations::forward);
 }
 INSTANTIATE_TEST_SUITE_P(Table, GpuFp8, ::testing::ValuesIn(fp8_cases()),
+                         [](const auto& test) { return test.param.name; });
+
+class GpuGradients : public ::testing::TestWithParam<Case> {};
+TEST_P(GpuGradients, MatchTheReference) {
+  verify_case(GetParam(), repeated(), Operations::backward);
+}
+INSTANTIATE_TEST_SUITE_P(Table, GpuGradients, ::testing::ValuesIn(gradient_cases()),
                          [](const auto& test) { return test.param.name; });
 
 class GpuCluster : public ::testing::TestWithParam<Case> {};

@@ -222,10 +222,11 @@ Arithmetic arithmetic_of(const std::string& backend, DType dtype) {
   // largest, cuts each below 24 bits, and cuts the result: 18 errors of at most 2^-23 per 16 terms.
   // Sums on ordinary cores, and the rare rescaling of a running sum, are within that too.
   // ex2.approx and lg2.approx are within 2^-22 (PTX ISA).
-  Arithmetic arithmetic{.step = 18.0 / 16.0 * 0x1p-23, .exp = 0x1p-22, .log = 0x1p-22};
-  if (dtype == DType::bf16) arithmetic.probability = 0x1p-8;
+  Arithmetic arithmetic{
+      .step = 18.0 / 16.0 * 0x1p-23, .exp = 0x1p-22, .log = 0x1p-22, .out = 0x1p-24};
+  if (dtype == DType::bf16) arithmetic.probability = arithmetic.out = 0x1p-8;
   if (dtype == DType::f16) {
-    arithmetic.probability = 0x1p-11;
+    arithmetic.probability = arithmetic.out = 0x1p-11;
     arithmetic.small_probability = 0x1p-25;
   }
   return arithmetic;

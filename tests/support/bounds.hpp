@@ -25,6 +25,9 @@ struct Arithmetic {
   /// the format's normal range.
   double probability = 0.0;
   double small_probability = 0.0;
+  /// Rounding of `out` as the forward pass stored it, relative, where gradients are computed from
+  /// it and from lse; 0 where they are not read.
+  double out = 0.0;
   /// Products of e4m3 are summed by Hopper's tensor cores.
   bool e4m3_sums = false;
 };

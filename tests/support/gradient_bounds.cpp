@@ -54,6 +54,26 @@ double lse_error(const IndexerKlBackward& args, std::int64_t row, std::int64_t h
   return std::isfinite(lse) ? 4 * kU * std::fabs(lse) : 0.0;
 }
 
+/// Of sum(dO O), where O is rounded as the forward pass stores it.
+double error_from_out(const SparseAttentionBackward& args, const core::Sequence& sequence,
+                      std::int64_t r, const std::vector<std::int64_t>& T,
+                      const std::vector<double>& P, const reference::Row& dO,
+                      const Arithmetic& arithmetic) {
+  const std::int64_t dim = args.problem.head_dim;
+  std::vector<double> O(static_cast<std::size_t>(dim), 0.0);
+  for (std::size_t t = 0; t < T.size(); ++t) {
+    const reference::Row v = reference::row_of(args.v, sequence.k_begin + T[t], r);
+    for (std::int64_t d = 0; d < dim; ++d) O[static_cast<std::size_t>(d)] += P[t] * v[d];
+  }
+  double error = 0.0;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    const double terms = arithmetic.out + gamma(static_cast<double>(dim) + 2, arithmetic);
+    error += std::fabs(dO[d]) *
+             (terms * std::fabs(O[static_cast<std::size_t>(d)]) + arithmetic.small_probability);
+  }
+  return error;
+}
+
 /// Products with an infinite bound: 0 times it is 0, for what does not depend on it.
 double times(double factor, double bound) { return factor == 0.0 ? 0.0 : factor * bound; }
 
@@ -62,7 +82,9 @@ double times(double factor, double bound) { return factor == 0.0 ? 0.0 : factor 
 /// With S, P, dP, delta and dS as in the reference and B[t] = sum |dO V[t]|: dP errs by its own
 /// sum, delta by that of P, of dP and of its sum, dS by all of them, and the gradients by those of
 /// their factors and of their own sums. Probabilities and dS that are rounded to 16 bits before
-/// they multiply err by arithmetic.probability as well, and dS by the same of itself.
+/// they multiply err by arithmetic.probability as well, and dS by the same of itself. A backend
+/// that reads lse and out has P = exp(S - lse), with lse rounded to f32 twice (as it is stored, and
+/// in base 2), and delta = sum(dO O), with the rounding of O and the error of that sum.
 AttentionGradientBounds gradient_bounds(const SparseAttentionBackward& args,
                                         const Arithmetic& arithmetic) {
   const Problem& problem = args.problem;
@@ -88,13 +110,17 @@ AttentionGradientBounds gradient_bounds(const SparseAttentionBackward& args,
         const auto key = [&](std::size_t t) {
           return reference::row_of(args.k, sequence.k_begin + T[t], r);
         };
-        const auto [P, relative] =
-            probabilities_of(reference::attention_scores(args, sequence, h, i, T), q, key,
-                             problem.head_dim, scale, arithmetic);
+        const std::vector<double> S = reference::attention_scores(args, sequence, h, i, T);
+        auto [P, relative] = probabilities_of(S, q, key, problem.head_dim, scale, arithmetic);
         std::vector<double> dP;
         std::vector<double> dP_error;
         double delta = 0.0;
         double delta_error = 0.0;
+        if (arithmetic.out > 0.0) {
+          const double lse = std::fabs(reference::log_sum_exp(S));
+          if (std::isfinite(lse)) relative += 3 * kU * lse;
+          delta_error = error_from_out(args, sequence, r, T, P, dO, arithmetic);
+        }
         for (std::size_t t = 0; t < T.size(); ++t) {
           const reference::Row v = reference::row_of(args.v, sequence.k_begin + T[t], r);
           dP.push_back(reference::dot(dO, v, problem.head_dim));

@@ -444,42 +444,23 @@ void Inputs::make_block_ids() {
   }
 }
 
-void Inputs::make_forward_results() {
+template <class Forward>
+void Inputs::make_forward_results(GuardedTensor& out_tensor, GuardedTensor& lse_tensor) {
   const Problem& p = spec.problem;
-  out = GuardedTensor(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, spec.row_gap,
-                      GuardedTensor::kPoison);
-  lse = GuardedTensor(spec.dtype == DType::f64 ? DType::f64 : DType::f32, {total_q, p.num_q_heads},
-                      spec.row_gap, GuardedTensor::kPoison);
-  SparseAttentionForward forward = args<SparseAttentionForward>();
-  forward.out = out;
-  forward.lse = lse;
-  reference::sparse_attention_forward(forward);
-  out.seal();
-  lse.seal();
-}
-
-/// Of the forward pass over what a backward operation's support is.
-TensorView Inputs::lse_of_support() {
-  const Problem& p = spec.problem;
-  GuardedTensor& to = warm_up ? dense_lse : sparse_lse;
-  if (to.given()) return to;
-  const DType wide = spec.dtype == DType::f64 ? DType::f64 : DType::f32;
-  to = GuardedTensor(wide, {total_q, p.num_q_heads}, spec.row_gap, GuardedTensor::kPoison);
-  const GuardedTensor unused(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, 0,
+  out_tensor = GuardedTensor(spec.dtype, {total_q, p.num_q_heads, p.head_dim}, spec.row_gap,
                              GuardedTensor::kPoison);
-  if (warm_up) {
-    auto forward = args<DenseAttentionForward>();
-    forward.out = unused;
-    forward.lse = to;
-    reference::dense_attention_forward(forward);
-  } else {
-    auto forward = args<SparseAttentionForward>();
-    forward.out = unused;
-    forward.lse = to;
+  lse_tensor = GuardedTensor(spec.dtype == DType::f64 ? DType::f64 : DType::f32,
+                             {total_q, p.num_q_heads}, spec.row_gap, GuardedTensor::kPoison);
+  auto forward = args<Forward>();
+  forward.out = out_tensor;
+  forward.lse = lse_tensor;
+  if constexpr (requires { forward.block_ids; }) {
     reference::sparse_attention_forward(forward);
+  } else {
+    reference::dense_attention_forward(forward);
   }
-  to.seal();
-  return to;
+  out_tensor.seal();
+  lse_tensor.seal();
 }
 
 template <class Visit>
@@ -502,8 +483,8 @@ void Inputs::for_each_tensor(Visit visit) {
   visit("dout", dout);
   visit("out", out);
   visit("lse", lse);
-  visit("lse of the selected blocks", sparse_lse);
-  visit("lse of all tokens", dense_lse);
+  visit("dense out", dense_out);
+  visit("dense lse", dense_lse);
   visit("new k", new_k);
   visit("new v", new_v);
   visit("new index_k", new_index_k);
@@ -577,15 +558,20 @@ DenseAttentionForward Inputs::args() {
 }
 template <>
 SparseAttentionBackward Inputs::args() {
-  if (!out.given()) make_forward_results();
+  GuardedTensor& of_out = warm_up ? dense_out : out;
+  GuardedTensor& of_lse = warm_up ? dense_lse : lse;
+  if (!of_out.given()) {
+    warm_up ? make_forward_results<DenseAttentionForward>(of_out, of_lse)
+            : make_forward_results<SparseAttentionForward>(of_out, of_lse);
+  }
   return {.problem = spec.problem,
           .batch = batch,
           .q = q,
           .k = k,
           .v = v,
           .block_ids = warm_up ? TensorView{} : block_ids.view(),
-          .out = out,
-          .lse = lse,
+          .out = of_out,
+          .lse = of_lse,
           .dout = dout};
 }
 template <>
@@ -597,7 +583,7 @@ IndexerKlBackward Inputs::args() {
           .index_q = index_q,
           .index_k = index_k,
           .block_ids = warm_up ? TensorView{} : block_ids.view(),
-          .lse = teacher_lse != warm_up ? lse_of_support() : TensorView{}};
+          .lse = teacher_lse != warm_up ? args<SparseAttentionBackward>().lse : TensorView{}};
 }
 template <>
 AppendKv Inputs::args() {

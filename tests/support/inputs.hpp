@@ -49,7 +49,7 @@ class Inputs {
   GuardedTensor block_ids;
   GuardedTensor dout;
   GuardedTensor out, lse;  ///< The reference's; made when SparseAttentionBackward is asked for.
-  GuardedTensor sparse_lse, dense_lse;  ///< The reference's; made when IndexerKlBackward gets one.
+  GuardedTensor dense_out, dense_lse;       ///< The same for warm_up.
   GuardedTensor new_k, new_v, new_index_k;  ///< [total_q, ...], for both appends
   GuardedTensor new_q, new_index_q;         ///< [total_q, ...], for NormRopeAppendKv, as the rest
   GuardedTensor q_weight, k_weight;         ///< [head_dim], the second f32
@@ -76,8 +76,8 @@ class Inputs {
   void make_largest_values();
   void make_block_scores();
   void make_block_ids();
-  void make_forward_results();
-  TensorView lse_of_support();
+  template <class Forward>
+  void make_forward_results(GuardedTensor& out_tensor, GuardedTensor& lse_tensor);
   /// Too large for the reference: the CPU backend makes scores and ids, and there is no dout.
   bool is_large() const;
   GuardedTensor filled(DType dtype, const std::vector<std::int64_t>& shape, double scale = 1.0);

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void build_query_lists(const QueryListBuild& build, cudaStream_t stream) {
-  if (build.block_ids == nullptr) return;
+  if (build.rows == nullptr) return;
   const auto heads = static_cast<unsigned>(build.num_kv_heads);
   const LaunchConfig chunks{.grid = dim3(static_cast<unsigned>(build.num_chunks), heads),
                             .threads = kThreads,

@@ -56,7 +56,8 @@ __device__ __forceinline__ KeyBlock key_block_of_bin(const DeviceBatch& batch, s
     const std::int64_t middle = (low + high) / 2;
     (first_bin(batch, sequence_at(batch, middle)) <= bin ? low : high) = middle;
   }
-  KeyBlock key_block;
+  KeyBlock key_block{};
+  if (batch.batch_size == 0) return key_block;
   key_block.sequence = sequence_at(batch, low);
   key_block.block = bin - first_bin(batch, key_block.sequence);
   key_block.exists =
@@ -102,9 +103,9 @@ __device__ __forceinline__ QueryList queries(const DeviceBatch& batch, const Que
 /// What build_query_lists() reads and writes.
 struct QueryListBuild {
   DeviceBatch batch;
-  const std::int32_t* block_ids;  ///< [num_kv_heads][total_q][top_k]; null: nothing to build
+  const std::int32_t* block_ids;  ///< [num_kv_heads][total_q][top_k]
   std::int64_t head_stride, token_stride;
-  std::int32_t* rows;
+  std::int32_t* rows;  ///< as in QueryLists; null: nothing to build
   std::int32_t* begins;
   std::int32_t* counts;  ///< [num_kv_heads][num_chunks][num_bins]
   std::int64_t num_bins;
