@@ -177,6 +177,7 @@ typedef struct msa_indexer_kl_backward {
   msa_tensor loss;
   msa_tensor dindex_q;
   msa_tensor dindex_k;
+  msa_tensor lse; /* optional: of the teacher's forward pass over the same support */
 } msa_indexer_kl_backward;
 
 typedef struct msa_append_kv {

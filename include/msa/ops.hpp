@@ -173,6 +173,9 @@ struct IndexerKlBackward {
   TensorView loss{};              ///< f32 or f64 [1]; optional.
   TensorView dindex_q{};          ///< Shaped like index_q; optional together with dindex_k.
   TensorView dindex_k{};          ///< Shaped like index_k.
+  TensorView lse{};               ///< Of the teacher's forward pass over the same support, f32 or
+                                  ///< f64 [total_q, num_q_heads]; optional: may spare a pass over
+                                  ///< the teacher's scores, and changes results by its rounding.
 };
 
 /// Writes the newest tokens of each sequence into its pages: token i of sequence b goes to position

@@ -287,6 +287,7 @@ def indexer_kl_backward(
     softmax_scale: float = 0.0,
     index_scale: float = 0.0,
     loss_coefficient: float = 1.0,
+    lse: Array | None = None,
     loss: Output = None,
     dindex_q: Output = None,
     dindex_k: Output = None,
@@ -298,12 +299,13 @@ def indexer_kl_backward(
     """The KL loss that aligns the index branch with the attention, and its gradients.
 
     block_ids None: on every visible token (the warm-up stage). The teacher, q and k, gets no gradient.
+    lse: of its forward pass over the same support, if there was one; may spare a pass over its scores.
     loss is float32 [1] (float64 for float64 index_q); the gradients have the shapes and dtypes of
     index_q and index_k. Ragged keys only.
     """
     args = IndexerKlBackward(problem, batch, q, k, index_q, index_k, block_ids)
     args.softmax_scale, args.index_scale = softmax_scale, index_scale
-    args.loss_coefficient = loss_coefficient
+    args.loss_coefficient, args.lse = loss_coefficient, lse
     call = _Call(args, stream, dict(backend=backend, deterministic=deterministic, workspace=workspace))
     call.output("loss", loss, (1,), _wide(index_q))
     call.output("dindex_q", dindex_q, _shape("index_q", index_q), dtype_of("index_q", index_q))

@@ -185,6 +185,9 @@ class IndexerKlBackward(Operation):
     loss: Array | None = None  #: float32 or float64 [1]; optional.
     dindex_q: Array | None = None  #: Shaped like index_q; optional together with dindex_k.
     dindex_k: Array | None = None  #: Shaped like index_k.
+    #: Of the teacher's forward pass over the same support, float32 or float64 [total_q, num_q_heads];
+    #: optional: may spare a pass over the teacher's scores.
+    lse: Array | None = None
 
 
 @dataclass

@@ -105,7 +105,8 @@ struct Fields<msa::IndexerKlBackward> {
                                                {"block_ids", &A::block_ids},
                                                {"loss", &A::loss},
                                                {"dindex_q", &A::dindex_q},
-                                               {"dindex_k", &A::dindex_k}};
+                                               {"dindex_k", &A::dindex_k},
+                                               {"lse", &A::lse}};
   static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale},
                                              {"index_scale", &A::index_scale},
                                              {"loss_coefficient", &A::loss_coefficient}};

@@ -136,6 +136,17 @@ def test_indexer_kl_loss(lengths, sparse):
         torch.testing.assert_close(a, b, **TIGHT)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_kl_loss_takes_the_lse_of_attention(sparse):
+    q, k, v, index_q, index_k, _ = layer()
+    ids = msa.indexer(index_q, index_k, block_size=BLOCK, top_k=TOP_K) if sparse else None
+    attend = (q, k, v, ids) if sparse else (q, k, v)
+    _, lse = (msa.sparse_attention if sparse else msa.dense_attention)(*attend, block_size=BLOCK)
+    got = msa.indexer_kl_loss(q, k, index_q, index_k, ids, lse=lse, block_size=BLOCK)
+    expected = msa.indexer_kl_loss(q, k, index_q, index_k, ids, block_size=BLOCK)
+    torch.testing.assert_close(got, expected, **TIGHT)
+
+
 def test_teacher_gets_no_gradient():
     q, k, _, index_q, index_k, _ = layer()
     msa.indexer_kl_loss(q, k, index_q, index_k).backward()
@@ -234,8 +245,8 @@ def operator_arguments(lengths):
         (OPERATORS.attention, (q, k, v, ids, *attention)),
         (OPERATORS.attention, (q, k, v, None, *attention)),
         (OPERATORS.attention_backward, (*plain, ids, out, lse, dout, *backward)),
-        (OPERATORS.indexer_kl, (*plain[:2], index_q, index_k, ids, *kl, True, *choice)),
-        (OPERATORS.indexer_kl, (*plain[:2], index_q, index_k, None, *kl, False, *choice)),
+        (OPERATORS.indexer_kl, (*plain[:2], index_q, index_k, ids, lse, *kl, True, *choice)),
+        (OPERATORS.indexer_kl, (*plain[:2], index_q, index_k, None, None, *kl, False, *choice)),
     ]
 
 

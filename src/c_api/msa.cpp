@@ -200,7 +200,8 @@ msa::IndexerKlBackward to_cpp(const msa_indexer_kl_backward* given) {
           .loss_coefficient = c.loss_coefficient != 0.0f ? c.loss_coefficient : 1.0f,
           .loss = to_cpp(c.loss, "loss"),
           .dindex_q = to_cpp(c.dindex_q, "dindex_q"),
-          .dindex_k = to_cpp(c.dindex_k, "dindex_k")};
+          .dindex_k = to_cpp(c.dindex_k, "dindex_k"),
+          .lse = to_cpp(c.lse, "lse")};
 }
 
 msa::AppendKv to_cpp(const msa_append_kv* given) {

@@ -300,6 +300,9 @@ void validate(const IndexerKlBackward& args) {
     check_tensor(op, "dindex_k", args.dindex_k, kFloats,
                  {total_k, {"index key heads", 1}, index_dim});
   }
+  if (args.lse.given()) {
+    check_tensor(op, "lse", args.lse, kWide, {total_q, {"num_q_heads", p.num_q_heads}});
+  }
   if (args.block_ids.given()) check_block_ids(op, args.block_ids, p, args.q.shape[0]);
   check_devices(op, args);
 }

@@ -112,6 +112,7 @@ void for_each_tensor(const IndexerKlBackward& args, Visit visit) {
   visit("loss", args.loss, Use::output);
   visit("dindex_q", args.dindex_q, Use::output);
   visit("dindex_k", args.dindex_k, Use::output);
+  visit("lse", args.lse, Use::input);
 }
 
 template <class Visit>

@@ -21,6 +21,7 @@ extern const msa::detail::Implementation<Indexer> kIndexer;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const msa::detail::Implementation<DenseAttentionForward> kDenseAttentionForward;
 extern const msa::detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
+extern const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
 extern const msa::detail::Implementation<AppendKv> kAppendKv;
 extern const msa::detail::Implementation<NormRopeAppendKv> kNormRopeAppendKv;
 }  // namespace msa::cuda::generic

@@ -50,8 +50,11 @@ constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
     &cuda::sm90::kSparseAttentionBackward, &cuda::generic::kSparseAttentionBackward,
 #endif
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
-constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {&cpu::kIndexerKlBackward,
-                                                          &reference::kIndexerKlBackward};
+constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {
+#ifdef MSA_WITH_CUDA
+    &cuda::generic::kIndexerKlBackward,
+#endif
+    &cpu::kIndexerKlBackward, &reference::kIndexerKlBackward};
 constexpr List<AppendKv> kAppendKv[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::generic::kAppendKv,

@@ -98,7 +98,7 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_sparse_attention_backward, dq)}, 760},
                  {{FIELD(msa_sparse_attention_backward, dk)}, 864},
                  {{FIELD(msa_sparse_attention_backward, dv)}, 968}});
-  EXPECT_EQ(sizeof(msa_indexer_kl_backward), 872u);
+  EXPECT_EQ(sizeof(msa_indexer_kl_backward), 976u);
   expect_layout({{{FIELD(msa_indexer_kl_backward, index_q)}, 232},
                  {{FIELD(msa_indexer_kl_backward, index_k)}, 336},
                  {{FIELD(msa_indexer_kl_backward, block_ids)}, 440},
@@ -107,7 +107,8 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_indexer_kl_backward, loss_coefficient)}, 552},
                  {{FIELD(msa_indexer_kl_backward, loss)}, 560},
                  {{FIELD(msa_indexer_kl_backward, dindex_q)}, 664},
-                 {{FIELD(msa_indexer_kl_backward, dindex_k)}, 768}});
+                 {{FIELD(msa_indexer_kl_backward, dindex_k)}, 768},
+                 {{FIELD(msa_indexer_kl_backward, lse)}, 872}});
   EXPECT_EQ(sizeof(msa_append_kv), 856u);
   expect_layout({{{FIELD(msa_append_kv, k)}, 24},
                  {{FIELD(msa_append_kv, v)}, 128},

@@ -335,6 +335,7 @@ TEST(Validate, IndexerKlBackward) {
          "dindex_q has shape [2, 2, 64], expected [total_q=3, num_kv_heads=2, index_dim=64]");
   expect([](Args& a) { a.dindex_k.shape[0] = 2; },
          "dindex_k has shape [2, 1, 64], expected [total_k=20, index key heads=1, index_dim=64]");
+  expect([](Args& a) { a.lse = a.loss; }, "lse has shape [1], expected [total_q=3, num_q_heads=4]");
   expect([](Args& a) { a.block_ids.shape[0] = 1; },
          "block_ids has shape [1, 3, 4], expected [num_kv_heads=2, total_q=3, top_k=4]");
 }

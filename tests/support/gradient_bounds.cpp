@@ -27,10 +27,12 @@ struct Probabilities {
   double relative = 0.0;  ///< infinite where it is above a tenth
 };
 
-/// Scores of row `a` with the keys b(t); `rounded` operations follow each dot product.
+/// Scores of row `a` with the keys b(t). `given_error`: of the logarithm of their sum, where that
+/// is an argument.
 template <class Key>
 Probabilities probabilities_of(const std::vector<double>& scores, const reference::Row& a, Key b,
-                               std::int64_t dim, double scale, const Arithmetic& arithmetic) {
+                               std::int64_t dim, double scale, const Arithmetic& arithmetic,
+                               double given_error = 0.0) {
   double worst = 0.0;
   for (std::size_t t = 0; t < scores.size(); ++t) {
     if (!std::isfinite(scores[t])) continue;
@@ -41,9 +43,15 @@ Probabilities probabilities_of(const std::vector<double>& scores, const referenc
   }
   const auto n = static_cast<double>(scores.size());
   // Both the score's error and the maximum's, in the exponential and in the sum.
-  const double of_exp = std::expm1(std::min(2 * worst, 1.0)) + 1.01 * arithmetic.exp;
+  const double of_exp = std::expm1(std::min(2 * worst + given_error, 1.0)) + 1.01 * arithmetic.exp;
   const double relative = (2 * of_exp + gamma(n + 4, arithmetic)) * 1.1;
   return {reference::softmax(scores), of_exp > 0.1 ? reference::kInfinity : relative};
+}
+
+/// A given lse is rounded to f32, and so are its change to base 2 and that constant.
+double lse_error(const IndexerKlBackward& args, std::int64_t row, std::int64_t head) {
+  const double lse = args.lse.given() ? core::load(args.lse, row, head) : 0.0;
+  return std::isfinite(lse) ? 4 * kU * std::fabs(lse) : 0.0;
 }
 
 /// Of sum(dO O), where O is rounded as the forward pass stores it.
@@ -155,9 +163,9 @@ AttentionGradientBounds gradient_bounds(const SparseAttentionBackward& args,
   return bounds;
 }
 
-/// Teacher and student err as softmaxes do, the mean over the group by its own sum; a term
-/// P (log P - S_idx + lse) of the loss by P's error times 1 + |log P - log P_idx|, which is its
-/// slope, and by the errors of its parts.
+/// Teacher and student err as softmaxes do, the teacher by a given lse too, the mean over the group
+/// by its own sum; a term P (log P - S_idx + lse) of the loss by P's error times 1 + |log P - log
+/// P_idx|, which is its slope, and by the errors of its parts.
 IndexGradientBounds gradient_bounds(const IndexerKlBackward& args, const Arithmetic& arithmetic) {
   const Problem& problem = args.problem;
   const core::Sequences sequences(args);
@@ -186,7 +194,7 @@ IndexGradientBounds gradient_bounds(const IndexerKlBackward& args, const Arithme
               reference::attention_scores(args, sequence, h, i, T),
               reference::row_of(args.q, row, h),
               [&](std::size_t t) { return reference::row_of(args.k, sequence.k_begin + T[t], r); },
-              problem.head_dim, softmax_scale, arithmetic);
+              problem.head_dim, softmax_scale, arithmetic, lse_error(args, row, h));
           for (std::size_t t = 0; t < T.size(); ++t) {
             const double share = P[t] / static_cast<double>(group);
             teacher[t] += share;

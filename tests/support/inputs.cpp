@@ -72,7 +72,8 @@ GuardedTensor ints(const std::vector<std::int64_t>& shape, int gap,
 
 }  // namespace
 
-Inputs::Inputs(const Case& case_spec) : spec(case_spec), random_(case_spec.seed) {
+Inputs::Inputs(const Case& case_spec)
+    : spec(case_spec), teacher_lse(case_spec.seed / 4 % 2 == 1), random_(case_spec.seed) {
   make_batch();
   make_keys();
   make_queries();
@@ -581,7 +582,8 @@ IndexerKlBackward Inputs::args() {
           .k = k,
           .index_q = index_q,
           .index_k = index_k,
-          .block_ids = warm_up ? TensorView{} : block_ids.view()};
+          .block_ids = warm_up ? TensorView{} : block_ids.view(),
+          .lse = teacher_lse != warm_up ? args<SparseAttentionBackward>().lse : TensorView{}};
 }
 template <>
 AppendKv Inputs::args() {

@@ -54,10 +54,12 @@ class Inputs {
   GuardedTensor new_q, new_index_q;         ///< [total_q, ...], for NormRopeAppendKv, as the rest
   GuardedTensor q_weight, k_weight;         ///< [head_dim], the second f32
   GuardedTensor index_q_weight, index_k_weight;  ///< [index_dim], the first f32
-  GuardedTensor cos_sin;    ///< f32 [longest sequence or a little less, rotary_dim], unless a dim
-                            ///< is 1
-  GuardedTensor positions;  ///< i32 [total_q], a few beyond cos_sin; only for odd seeds
-  bool warm_up = false;     ///< Backward operations get no block_ids.
+  GuardedTensor cos_sin;     ///< f32 [longest sequence or a little less, rotary_dim], unless a dim
+                             ///< is 1
+  GuardedTensor positions;   ///< i32 [total_q], a few beyond cos_sin; only for odd seeds
+  bool warm_up = false;      ///< Backward operations get no block_ids.
+  bool teacher_lse = false;  ///< IndexerKlBackward gets lse; with warm_up the other way round. Some
+                             ///< seeds start with true.
   std::int64_t total_q = 0;
   std::int64_t total_k = 0;     ///< Of ragged keys.
   std::int64_t num_blocks = 0;  ///< Columns of block_scores.

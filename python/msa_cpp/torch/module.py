@@ -216,9 +216,9 @@ class SparseAttention(nn.Module):
             deterministic=self.deterministic,
         )
         if block_ids is None:
-            out, _ = ops.dense_attention(q, k, v, **shared)
+            out, lse = ops.dense_attention(q, k, v, **shared)
         else:
-            out, _ = ops.sparse_attention(q, k, v, block_ids, **shared)
+            out, lse = ops.sparse_attention(q, k, v, block_ids, **shared)
         if stage == "dense" or not with_loss:
             loss = torch.zeros((), device=device)
         else:
@@ -228,6 +228,7 @@ class SparseAttention(nn.Module):
                 index_q,
                 index_k,
                 block_ids,
+                lse=lse,
                 loss_coefficient=self.loss_coefficient,
                 **shared,
             )

@@ -195,6 +195,7 @@ def _indexer_kl(
     index_q: Tensor,
     index_k: Tensor,
     block_ids: Optional[Tensor],
+    lse: Optional[Tensor],
     softmax_scale: float,
     index_scale: float,
     loss_coefficient: float,
@@ -222,6 +223,7 @@ def _indexer_kl(
         softmax_scale=softmax_scale,
         index_scale=index_scale,
         loss_coefficient=loss_coefficient,
+        lse=lse,
         dindex_q=None if with_gradients else False,
         dindex_k=None if with_gradients else False,
         backend=backend,
@@ -237,7 +239,7 @@ def _(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = index_q.new_empty((1,), dtype=_wide(index_q))
-    with_gradients = rest[9]
+    with_gradients = rest[10]
     if not with_gradients:
         return loss, index_q.new_empty(0), index_k.new_empty(0)
     return loss, index_q.new_empty(index_q.shape), index_k.new_empty(index_k.shape)
@@ -258,7 +260,7 @@ def _indexer_kl_grad(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         None,
         (dindex_q * dloss).to(dindex_q.dtype),
         (dindex_k * dloss).to(dindex_k.dtype),
-        *(None,) * 12,
+        *(None,) * 13,
     )
 
 
@@ -408,6 +410,7 @@ def indexer_kl_loss(
     index_k: Tensor,
     block_ids: Tensor | None = None,
     *,
+    lse: Tensor | None = None,
     block_size: int = 128,
     softmax_scale: float = 0.0,
     index_scale: float = 0.0,
@@ -424,7 +427,8 @@ def indexer_kl_loss(
 
     q, k: the teacher, as in sparse_attention(); they get no gradient. index_q, index_k: the student,
     as in indexer(). block_ids: the support is their visible tokens; None: every visible token (the
-    warm-up stage). Scales: 0 means 1 / sqrt of the dimension.
+    warm-up stage). lse: the second result of sparse_attention() (of dense_attention() in the warm-up
+    stage) for the same q, k and block_ids; optional, spares computing it again. Scales: 0 means 1 / sqrt of the dimension.
     Returns a float32 scalar. Gradients are computed in the same pass.
     """
     with_gradients = torch.is_grad_enabled() and (index_q.requires_grad or index_k.requires_grad)
@@ -434,6 +438,7 @@ def indexer_kl_loss(
         index_q,
         index_k,
         block_ids,
+        None if lse is None else lse.detach(),
         softmax_scale,
         index_scale,
         loss_coefficient,

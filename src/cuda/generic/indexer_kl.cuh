@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the kernels of IndexerKlBackward share. See docs/kernels/kl.md.
+#pragma once
+
+#include "cuda/common/keys.cuh"
+#include "cuda/common/query_lists.cuh"
+
+namespace msa::cuda::generic::kl {
+
+/// Rows of a float tensor that is read or written by heads; strides in bytes.
+struct Rows {
+  std::byte* data;
+  std::int64_t token_stride;
+  std::int64_t head_stride;
+  DType dtype;
+  Load load;
+
+  __device__ __forceinline__ std::byte* at(std::int64_t token, int head) const {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+/// By value to every kernel. A piece is a KV block, or kKeys tokens of a larger one: what one CTA
+/// holds. A pair is a query of one KV head and a piece that it attends; pairs of the window have
+/// ((row - first_row) * num_kv_heads + head) * num_slots + slot, slots counting pieces.
+struct Params {
+  DeviceBatch batch;
+  QueryLists lists;
+  const std::int32_t* block_ids;  ///< or null: every visible token
+  std::int64_t ids_head_stride, ids_token_stride;
+  Rows q;
+  Rows index_q;
+  KeyRows k;
+  KeyRows index_k;
+  const float* given_lse;  ///< of the teacher, natural, or null
+  std::int64_t lse_token_stride, lse_head_stride;
+  float* teacher_lse;          ///< without given_lse: [total_q][num_q_heads], base 2
+  float* student_lse;          ///< [total_q][num_kv_heads], base 2
+  float2* teacher_statistics;  ///< without given_lse: [pairs][group_size], maximum and sum, base 2
+  float2* student_statistics;  ///< [pairs]
+  double* pair_losses;         ///< [pairs]
+  void* ds;                    ///< [pairs][piece_size], 16 bits, times ds_scale; with gradients
+  float* dindex_q_parts;       ///< [pairs][index_dim], with gradients
+  double* losses;              ///< [total_q][num_kv_heads]
+  float* dindex_k_sums;        ///< [num_kv_heads][total_k][index_dim], with gradients
+  Rows dindex_q;               ///< data is null without gradients
+  Rows dindex_k;
+  std::byte* loss;                   ///< or null
+  bool wide_loss;                    ///< f64, else f32
+  std::int64_t first_row, num_rows;  ///< the window
+  std::int64_t num_slots;
+  std::int64_t total_q, total_k;
+  int piece_size;  ///< tokens, at most block_size
+  int pieces_per_block;
+  int num_kv_heads;
+  int group_size;
+  int head_dim;
+  int index_dim;
+  int top_k;
+  float teacher_scale;  ///< of scores in base 2
+  float student_scale;  ///< the same
+  float ds_scale;       ///< a power of two: small dS keep their bits in f16
+  double weight;        ///< of each (query, KV head) in the loss
+  float gradient_scale;
+
+  __device__ __forceinline__ std::int64_t pair(std::int64_t row, int head,
+                                               std::int64_t slot) const {
+    return ((row - first_row) * num_kv_heads + head) * num_slots + slot;
+  }
+  /// The teacher's, in base 2.
+  __device__ __forceinline__ float lse_of(std::int64_t row, int q_head) const {
+    constexpr float kLog2E = 1.44269504088896341f;
+    if (given_lse != nullptr) {
+      return given_lse[row * lse_token_stride + q_head * lse_head_stride] * kLog2E;
+    }
+    return teacher_lse[row * (num_kv_heads * group_size) + q_head];
+  }
+};
+
+/// A CTA of the kernels that walk queries takes so many, or a block that all attend would be the
+/// work of one CTA.
+inline constexpr int kQueriesPerPart = 1024;
+
+/// Tokens of the widest piece for rows of kDim elements: what shared memory and registers hold.
+inline constexpr int most_keys(int padded_dim) { return padded_dim == 128 ? 128 : 64; }
+
+/// Starts start.operator()<kDim, kKeys>() for the narrowest tiles that hold the problem.
+template <class Start>
+void with_tiles(const Params& g, Start start) {
+  const int dim = std::max(g.head_dim, g.index_dim);
+  with_padded_dim(dim, [&]<int kDim>() {
+    if constexpr (most_keys(kDim) == 128) {
+      if (g.piece_size == 128) return start.template operator()<kDim, 128>();
+    }
+    start.template operator()<kDim, 64>();
+  });
+}
+
+/// A piece, and the entries [begin, end) of its list that this CTA takes.
+struct Piece {
+  KeyBlock key_block;
+  QueryList queries;
+  std::int64_t begin, end;
+  std::int64_t first_token;  ///< of the sequence
+  std::int64_t first_slot;   ///< dense: the piece's; sparse: among those of its block
+  int num_tokens;
+  int head;
+
+  /// Tokens of the piece that the query sees.
+  __device__ __forceinline__ int limit(std::int64_t row) const {
+    const DeviceSequence& sequence = key_block.sequence;
+    const std::int64_t position = sequence.position(row - sequence.q_begin);
+    return static_cast<int>(msa::cuda::detail::clamp(position + 1 - first_token, 0, num_tokens));
+  }
+};
+
+/// The first entry of the list that is not below `row`.
+__device__ __forceinline__ std::int64_t first_not_below(const QueryList& list, std::int64_t row) {
+  std::int64_t low = 0;
+  std::int64_t high = list.count;
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (list[middle] < row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+/// Piece `number` for a head and the window's queries; part < 0: all of them. False: nothing to do.
+__device__ __forceinline__ bool find_piece(const Params& g, std::int64_t number, int head, int part,
+                                           Piece& piece) {
+  const std::int64_t bin = number / g.pieces_per_block;
+  const int in_block = static_cast<int>(number % g.pieces_per_block);
+  piece.head = head;
+  piece.key_block = key_block_of_bin(g.batch, bin);
+  if (!piece.key_block.exists) return false;
+  const int before = in_block * g.piece_size;
+  piece.num_tokens = min(g.piece_size, piece.key_block.num_tokens(g.batch.block_size) - before);
+  if (piece.num_tokens <= 0) return false;
+  piece.first_token = piece.key_block.block * g.batch.block_size + before;
+  piece.first_slot =
+      (g.block_ids == nullptr ? piece.key_block.block * g.pieces_per_block : 0) + in_block;
+  if (piece.first_slot >= g.num_slots) return false;  // beyond a max_seq_len_k that is too small
+  piece.queries = queries(g.batch, g.lists, head, bin, piece.key_block);
+  piece.begin = first_not_below(piece.queries, g.first_row);
+  piece.end = first_not_below(piece.queries, g.first_row + g.num_rows);
+  if (part >= 0) {
+    piece.begin += std::int64_t{part} * kQueriesPerPart;
+    piece.end = min(piece.end, piece.begin + kQueriesPerPart);
+  }
+  return piece.begin < piece.end;
+}
+
+/// One query of a piece; limit 0: none, or it sees nothing of the piece.
+struct Query {
+  std::int64_t row = 0;
+  std::int64_t pair = 0;
+  int limit = 0;
+};
+
+__device__ __forceinline__ Query query_at(const Params& g, const Piece& piece, std::int64_t entry) {
+  Query query;
+  if (entry >= piece.end) return query;
+  query.row = piece.queries[entry];
+  query.limit = piece.limit(query.row);
+  std::int64_t slot = piece.first_slot;
+  if (g.block_ids != nullptr) {
+    const std::int32_t* const ids =
+        g.block_ids + piece.head * g.ids_head_stride + query.row * g.ids_token_stride;
+    int i = 0;
+    while (i < g.top_k && ids[i] != piece.key_block.block) ++i;
+    if (i == g.top_k) query.limit = 0;
+    slot += std::int64_t{i} * g.pieces_per_block;
+  }
+  query.pair = g.pair(query.row, piece.head, slot);
+  return query;
+}
+
+/// Whether the query attends the piece of a slot, where `visible` keys are visible to it.
+__device__ __forceinline__ bool attends(const Params& g, std::int64_t row, int head,
+                                        std::int64_t visible, std::int64_t slot) {
+  std::int64_t block = slot / g.pieces_per_block;
+  if (g.block_ids != nullptr) {
+    block = g.block_ids[head * g.ids_head_stride + row * g.ids_token_stride + block];
+  }
+  return block >= 0 &&
+         block * g.batch.block_size + slot % g.pieces_per_block * g.piece_size < visible;
+}
+
+/// Launchers; dtype is that of q, k, index_q and index_k. Statistics of scores, then dS and the
+/// loss, of each pair.
+void launch_statistics(const Params& g, DType dtype, cudaStream_t stream);
+void launch_score_gradients(const Params& g, DType dtype, cudaStream_t stream);
+/// From dS: dindex_q of each pair, and the window's share of dindex_k.
+void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream);
+
+}  // namespace msa::cuda::generic::kl

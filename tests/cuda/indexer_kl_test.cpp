@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// IndexerKlBackward beyond the table of all operations: with the teacher's lse where the table has
+// none and the other way round, single outputs, windows of queries that don't hold all of them.
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "cuda/generic/indexer_kl_bwd.hpp"
+#include "reference/reference.hpp"
+#include "tests/cuda/gpu_cases.hpp"
+#include "tests/support/device.hpp"
+#include "tests/support/gradient_bounds.hpp"
+#include "tests/support/verify.hpp"
+
+namespace msa::testing {
+namespace {
+
+std::vector<Case> kl_cases() {
+  std::vector<Case> cases;
+  for (const std::vector<Case>& some : {all_cases(), scaled_cases()}) {
+    for (const Case& spec : some) {
+      if (spec.dtype != DType::f32 && Inputs(spec).supports<IndexerKlBackward>()) {
+        cases.push_back(spec);
+      }
+    }
+  }
+  return cases;
+}
+
+class GpuIndexerKl : public ::testing::TestWithParam<Case> {};
+TEST_P(GpuIndexerKl, MatchesTheReference) {
+  ASSERT_EQ(why_no_device(), "");
+  Inputs inputs(GetParam());
+  inputs.teacher_lse = !inputs.teacher_lse;
+  for (const bool warm_up : {false, true}) {
+    inputs.warm_up = warm_up;
+    const Outcome outcome =
+        verify<IndexerKlBackward>(inputs, "cuda_generic", {.num_runs = 3, .graph = true});
+    EXPECT_EQ(outcome.status, Outcome::Status::passed)
+        << (warm_up ? "every token: " : "selected blocks: ") << outcome.detail;
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Table, GpuIndexerKl, ::testing::ValuesIn(kl_cases()),
+                         [](const auto& test) { return test.param.name; });
+
+/// Bytes of all outputs of a run on the GPU; those that `choose` takes from the request stay as
+/// they were.
+template <class Choose, class Run>
+std::vector<std::vector<std::byte>> outputs_of(Inputs& inputs, Choose choose, Run run) {
+  auto args = inputs.args<IndexerKlBackward>();
+  const Outputs outputs(inputs, args);
+  choose(args);
+  DeviceMirror mirror;
+  std::vector<std::span<std::byte>> buffers = inputs.buffers();
+  const std::vector<std::span<std::byte>> host = outputs.buffers();
+  buffers.insert(buffers.end(), host.begin(), host.end());
+  core::for_each_tensor(args, [&](const char*, const TensorView& view, core::Use) {
+    TensorView& changed = const_cast<TensorView&>(view);
+    if (!view.given()) return;
+    changed.device = {DeviceType::cuda, 0};
+    changed = mirror.at(view, buffers);
+  });
+  const DeviceStream stream;
+  run(args, stream);
+  std::vector<std::vector<std::byte>> all;
+  for (const std::span<std::byte> bytes : host) {
+    all.emplace_back(bytes.begin(), bytes.end());
+    if (const DeviceBuffer* device = mirror.find(bytes)) device->download(all.back());
+  }
+  return all;
+}
+
+void run_plan(const IndexerKlBackward& args, const DeviceStream& stream) {
+  const auto plan = msa::plan(args, {.backend = "cuda_generic"});
+  const DeviceBuffer workspace(plan.workspace_bytes() + 1);
+  workspace.fill(std::byte{0xff});
+  plan.run(args, workspace.span().first(plan.workspace_bytes()), stream.stream());
+  stream.wait();
+}
+
+const Case kThreeSequences{.name = "three_sequences",
+                           .problem = {.num_q_heads = 8,
+                                       .num_kv_heads = 2,
+                                       .head_dim = 64,
+                                       .index_dim = 64,
+                                       .block_size = 64,
+                                       .top_k = 4},
+                           .dtype = DType::bf16,
+                           .sequences = {{70, 300}, {0, 9}, {129, 129}},
+                           .row_gap = 8};
+
+TEST(GpuIndexerKlOutputs, DoNotDependOnEachOther) {
+  ASSERT_EQ(why_no_device(), "");
+  Inputs inputs(kThreeSequences);
+  for (const bool warm_up : {false, true}) {
+    inputs.warm_up = warm_up;
+    const auto both = outputs_of(inputs, [](IndexerKlBackward&) {}, run_plan);
+    const auto loss = outputs_of(
+        inputs, [](IndexerKlBackward& args) { args.dindex_q = args.dindex_k = {}; }, run_plan);
+    const auto gradients =
+        outputs_of(inputs, [](IndexerKlBackward& args) { args.loss = {}; }, run_plan);
+    ASSERT_EQ(both.size(), 3u);
+    EXPECT_EQ(loss[0], both[0]);
+    EXPECT_EQ(gradients[1], both[1]);
+    EXPECT_EQ(gradients[2], both[2]);
+    EXPECT_NE(gradients[0], both[0]);  // not written
+    EXPECT_NE(loss[2], both[2]);
+  }
+}
+
+/// Each window adds its share of dindex_k to those before; everything else is of single queries.
+TEST(GpuIndexerKlWindows, AreSeenInRoundingOnly) {
+  ASSERT_EQ(why_no_device(), "");
+  Inputs inputs(kThreeSequences);
+  for (const bool warm_up : {false, true}) {
+    inputs.warm_up = warm_up;
+    const auto with_window = [&](std::int64_t bytes) {
+      return outputs_of(
+          inputs, [](IndexerKlBackward&) {},
+          [&](const IndexerKlBackward& args, const DeviceStream& stream) {
+            const std::size_t size = cuda::generic::indexer_kl_workspace_bytes(args, bytes);
+            const DeviceBuffer workspace(size);
+            workspace.fill(std::byte{0xff});
+            cuda::generic::run_indexer_kl(args, bytes, workspace.span(), stream.stream());
+            stream.wait();
+          });
+    };
+    const auto whole = with_window(cuda::generic::kKlWindowBytes);
+    const auto cut = with_window(1);  // 16 queries at a time
+    EXPECT_EQ(cut[0], whole[0]);
+    EXPECT_EQ(cut[1], whole[1]);
+    auto args = inputs.args<IndexerKlBackward>();
+    const Outputs outputs(inputs, args);
+    const std::vector<std::span<std::byte>> host = outputs.buffers();
+    for (std::size_t i = 0; i < host.size(); ++i) {
+      std::memcpy(host[i].data(), cut[i].data(), host[i].size());
+    }
+    auto exact = inputs.args<IndexerKlBackward>();
+    const Outputs expected(inputs, exact, /*wide=*/true);
+    reference::indexer_kl_backward(exact);
+    const IndexGradientBounds bounds =
+        gradient_bounds(args, arithmetic_of("cuda_generic", inputs.spec.dtype));
+    EXPECT_EQ(compare("dindex_k", args.dindex_k, exact.dindex_k, bounds.dindex_k, 0.0).failure, "");
+  }
+}
+
+}  // namespace
+}  // namespace msa::testing
