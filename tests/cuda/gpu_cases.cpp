@@ -338,7 +338,7 @@ std::vector<Case> gradient_cases() {
       {.name = "gradients_group_4", .problem = shape(4, 64, 128, 3), .sequences = {{77, 500}}},
       {.name = "gradients_pieces",
        .problem = shape(1, 64, 128, 4),
-       .sequences = {{1300, 1300}, {3, 3}},
+       .sequences = {{1000, 1000}, {3, 3}},
        .selection = Selection::any_order},
       {.name = "gradients_pieces_nans",
        .problem = shape(1, 128, 128, 4),
@@ -346,7 +346,7 @@ std::vector<Case> gradient_cases() {
        .values = Values::nans},
       {.name = "gradients_many_queries",
        .problem = shape(1, 64, 64, 4),
-       .sequences = {{1100, 1100}, {3, 3}},
+       .sequences = {{1000, 1000}, {3, 3}},
        .selection = Selection::any_order}};
   std::vector<Case> cases;
   std::uint32_t seed = 500;

@@ -62,8 +62,9 @@ __device__ __forceinline__ int exclusive_sum(int value, int* scratch, int& total
   return before + sum - value;
 }
 
-/// One CTA. Old blocks come first: later queries attend them too, so they have the longer lists,
-/// and the short ones fill up the end.
+/// One CTA. Head by head, so that CTAs at work at the same time read the same queries; old blocks
+/// first: later queries attend them too, so they have the longer lists, and the short ones fill up
+/// the end.
 __global__ void __launch_bounds__(kItemThreads)
     items_kernel(const __grid_constant__ BackwardParams params, int num_kv_heads) {
   __shared__ int scratch[kItemThreads / 32];
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(kItemThreads)
   const std::int64_t to = min(from + share, total);
   const auto for_each = [&](const auto& visit) {
     for (std::int64_t i = from; i < to; ++i) {
-      const std::int64_t bin = i / num_kv_heads;
-      const int head = static_cast<int>(i % num_kv_heads);
+      const int head = static_cast<int>(i / work.num_bins);
+      const std::int64_t bin = i % work.num_bins;
       const KeyBlock key_block = key_block_of_bin(g.batch, bin);
       if (!key_block.exists) continue;
       const QueryList list = queries(g.batch, g.lists, head, bin, key_block);
