@@ -2,6 +2,7 @@
 #include "model/linear.hpp"
 
 #include <oneapi/dnnl/dnnl.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -161,6 +162,25 @@ void multiply_rows(const TensorView& weight, const float* x, float* y, const Sha
   }
 }
 
+/// No signal reaches this thread while it lives; they wait, or go to another thread. A kernel of
+/// dnnl_sgemm (oneDNN 2.6) keeps values further below the stack pointer than the ABI's red zone,
+/// where a signal handler's frame goes: Ctrl-C in a prefill crashed one time in four. Two system
+/// calls, where a band takes 100 us and more.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
 /// The same by sgemm, expanding the rows first. False where sgemm fails.
 bool multiply_band(const TensorView& weight, const float* x, float* y, const Shape& shape,
                    std::int64_t begin, std::int64_t end, float* expanded) {
@@ -176,6 +196,7 @@ bool multiply_band(const TensorView& weight, const float* x, float* y, const Sha
   }
   // The pool already runs one band per thread.
   omp_set_num_threads(1);
+  const SignalsBlocked signals_blocked;
   return dnnl_sgemm('N', 'T', shape.tokens, end - begin, shape.in, 1.0f, x, shape.in, matrix,
                     row_stride, 0.0f, y + begin, shape.out) == dnnl_success;
 }

@@ -2,7 +2,10 @@
 #include "model/linear.hpp"
 
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/time.h>
 
+#include <atomic>
 #include <cmath>
 
 #include "msa/backend.hpp"
@@ -125,6 +128,38 @@ TEST(Linear, SeveralProductsAreEachAsAloneOnAnyNumberOfThreads) {
       }
     }
   }
+}
+
+std::atomic<int> num_signals{0};
+
+/// A shape whose sgemm lost its values to every signal that met it, before they were blocked.
+TEST(Linear, SignalsDoNotDisturbProducts) {
+  struct sigaction count{};
+  struct sigaction before{};
+  count.sa_handler = [](int) { ++num_signals; };
+  count.sa_flags = SA_RESTART;
+  ASSERT_EQ(sigaction(SIGALRM, &count, &before), 0);
+  const itimerval every_half_millisecond{{0, 500}, {0, 500}};
+  ASSERT_EQ(setitimer(ITIMER_REAL, &every_half_millisecond, nullptr), 0);
+  const Threads threads(1);
+  test::Uniform uniform(4);
+  std::vector<float> x(512 * 128);
+  std::vector<float> w(16 * 128);
+  for (float& value : x) value = static_cast<float>(uniform());
+  for (float& value : w) value = static_cast<float>(uniform());
+  const TensorView weight = TensorView::contiguous(w.data(), DType::f32, {}, {16, 128});
+  model::LinearScratch scratch;
+  std::vector<float> first(512 * 16);
+  model::linear(weight, x, 512, first, scratch);
+  std::vector<float> y(first.size());
+  for (int i = 0; i < 2000; ++i) {
+    model::linear(weight, x, 512, y, scratch);
+    ASSERT_EQ(y, first) << "product " << i << ", signals " << num_signals;
+  }
+  const itimerval never{};
+  setitimer(ITIMER_REAL, &never, nullptr);
+  sigaction(SIGALRM, &before, nullptr);
+  EXPECT_GT(num_signals, 10);  // or nothing was tried
 }
 
 TEST(Linear, ExpandsExactly) {
