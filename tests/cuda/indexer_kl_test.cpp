@@ -122,7 +122,8 @@ TEST(GpuIndexerKlWindows, AreSeenInRoundingOnly) {
             const std::size_t size = cuda::generic::indexer_kl_workspace_bytes(args, bytes);
             const DeviceBuffer workspace(size);
             workspace.fill(std::byte{0xff});
-            cuda::generic::run_indexer_kl(args, bytes, workspace.span(), stream.stream());
+            cuda::generic::run_indexer_kl(args, bytes, cuda::generic::kGenericKlScoreGradients,
+                                          workspace.span(), stream.stream());
             stream.wait();
           });
     };

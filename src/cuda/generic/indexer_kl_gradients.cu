@@ -4,12 +4,15 @@
 // takes 128 queries at a time: a warp's 16 queries times the keys give their parts of dindex_q,
 // and all queries' dS transposed times their index_q add to dindex_k, of which each warp keeps a
 // part in registers.
+#include "cuda/common/indexer_kl.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
-#include "cuda/generic/indexer_kl.cuh"
+#include "cuda/generic/indexer_kl_bwd.hpp"
 
-namespace msa::cuda::generic::kl {
+namespace msa::cuda::generic {
 namespace {
+
+using namespace kl;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream) {
+void launch_kl_index_gradients(const kl::Params& g, DType dtype, cudaStream_t stream) {
   with_tiles(g, [&]<int kDim, int kKeys>() {
     launch(dtype == DType::f16 ? index_gradients_kernel<__half, kDim, kKeys>
                                : index_gradients_kernel<__nv_bfloat16, kDim, kKeys>,
@@ -261,4 +264,4 @@ void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream) {
   });
 }
 
-}  // namespace msa::cuda::generic::kl
+}  // namespace msa::cuda::generic
