@@ -207,10 +207,11 @@ __device__ __forceinline__ float probability(float difference) {
 }
 
 /// Rows of `s` are 16 heads of query n (of the warp's 16), whose probabilities are added up and put
-/// to row n of `teacher`, of which kHalf is n / 8. `lse` of heads lane / 4 and lane / 4 + 8.
+/// to row n of `teacher`, of which kHalf is n / 8; in columns that the query does not see they mean
+/// nothing. `lse` of heads lane / 4 and lane / 4 + 8.
 template <int kHalf, int kKeys>
 __device__ __forceinline__ void add_heads(Scores<kKeys>& teacher, const Scores<kKeys>& s, int n,
-                                          int limit, const float (&lse)[2], const bool (&exists)[2],
+                                          const float (&lse)[2], const bool (&exists)[2],
                                           float scale) {
   float base[2];
 #pragma unroll
@@ -225,7 +226,6 @@ __device__ __forceinline__ void add_heads(Scores<kKeys>& teacher, const Scores<k
     for (int e = 0; e < 2; ++e) {
       float sum = exists[0] ? probability(fmaf(s[j][e], scale, -base[0])) : 0.0f;
       sum += exists[1] ? probability(fmaf(s[j][2 + e], scale, -base[1])) : 0.0f;
-      if (column_of(j, e) >= limit) sum = 0.0f;
       sum += __shfl_xor_sync(~0u, sum, 4);
       sum += __shfl_xor_sync(~0u, sum, 8);
       sum += __shfl_xor_sync(~0u, sum, 16);

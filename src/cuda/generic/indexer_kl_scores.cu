@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kDim, kKeys>)
               exists[r] = in_group < g.group_size;
               lse[r] = exists[r] ? g.lse_of(query.row, head * g.group_size + in_group) : 0.0f;
             }
-            add_heads<kHalf, kKeys>(teacher, s, n, query.limit, lse, exists, g.teacher_scale);
+            add_heads<kHalf, kKeys>(teacher, s, n, lse, exists, g.teacher_scale);
           });
     };
     add_half.template operator()<0>();

@@ -149,12 +149,8 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, std
     const int count = static_cast<int>(min(std::int64_t{kQueries}, piece.end - first));
     const int num_tiles = (count + kWarps - 1) / kWarps;
     // Lane n of a warp has its query n.
-    const Query own =
-        lane < kQueries / kWarps ? query_at(g, piece, first + lane * kWarps + warp) : Query{};
-    const auto query = [&](int n) -> Query {
-      return {__shfl_sync(~0u, own.row, n), __shfl_sync(~0u, own.pair, n),
-              __shfl_sync(~0u, own.limit, n)};
-    };
+    const std::int64_t entry = lane < kQueries / kWarps ? first + lane * kWarps + warp : piece.end;
+    const int own_row = entry < piece.end ? static_cast<int>(piece.queries[entry]) : 0;
     Scores<kKeys> s;
     Scores<kKeys> teacher = {};
     const auto add_half = [&]<int kHalf>() {
@@ -164,15 +160,14 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, std
         ptx::mbarrier_wait(smem + kQFull + stage * 8, use / kStages & 1);
         const std::uint32_t tile = smem + kQ + stage * kTileBytes;
         multiply<T>(s, [&](int step) { return q_descriptor(tile, step); }, smem);
-        const std::int64_t row = __shfl_sync(~0u, own.row, n);
-        const int limit = __shfl_sync(~0u, own.limit, n);
+        const std::int64_t row = __shfl_sync(~0u, own_row, n);
         const float lse[2] = {g.lse_of(row, piece.head * kGroup + lane / 4),
                               g.lse_of(row, piece.head * kGroup + lane / 4 + 8)};
         const bool exists[2] = {true, true};
         wait(s);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(smem + kQEmpty + stage * 8);
-        if (limit > 0) add_heads<kHalf, kKeys>(teacher, s, n, limit, lse, exists, g.teacher_scale);
+        add_heads<kHalf, kKeys>(teacher, s, n, lse, exists, g.teacher_scale);
       }
     };
     add_half.template operator()<0>();
@@ -188,6 +183,11 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, std
     wait(s);
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(smem + kIndexQEmpty);
+    const Query own = query_at(g, piece, entry);
+    const auto query = [&](int n) -> Query {
+      return {__shfl_sync(~0u, own.row, n), __shfl_sync(~0u, own.pair, n),
+              __shfl_sync(~0u, own.limit, n)};
+    };
     finish_query<T, 0, kKeys>(g, query(lane / 4), piece.head, teacher, s);
     finish_query<T, 1, kKeys>(g, query(lane / 4 + 8), piece.head, teacher, s);
   }
