@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <limits>
 
+#include "core/scalar.hpp"
 #include "cuda/generic/indexer_kl_bwd.hpp"
 #include "reference/reference.hpp"
 #include "tests/cuda/gpu_cases.hpp"
@@ -141,6 +143,27 @@ TEST(GpuIndexerKlOutputs, DoNotDependOnEachOther) {
     EXPECT_EQ(gradients[2], both[2]);
     EXPECT_NE(gradients[0], both[0]);  // not written
     EXPECT_NE(loss[2], both[2]);
+  }
+}
+
+/// 0 times its index_q must not reach the keys of its last block that it does not see.
+TEST(GpuIndexerKlOutputs, AQueryThatIsNotFiniteReachesWhatItSees) {
+  ASSERT_EQ(why_no_device(), "");
+  for (const double special :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    Case spec = m3_cases().front();
+    spec.sequences = {{70, 400}, {40, 40}};
+    Inputs inputs(spec);
+    core::store(inputs.index_q.view(), special, 20, 0, 3);
+    core::store(inputs.index_q.view(), special, 81, 0, 100);
+    inputs.index_q.seal();
+    for (const bool warm_up : {false, true}) {
+      inputs.warm_up = warm_up;
+      for (const char* backend : {"cuda_generic", "cuda_sm90"}) {
+        const Outcome outcome = verify<IndexerKlBackward>(inputs, backend, {.num_runs = 1});
+        EXPECT_EQ(outcome.status, Outcome::Status::passed) << backend << ": " << outcome.detail;
+      }
+    }
   }
 }
 
