@@ -201,6 +201,13 @@ __device__ __forceinline__ int column_of(int j, int i) {
   return 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
 }
 
+/// A score minus a logarithm of sums of them. The product is rounded before it is subtracted: the
+/// largest score must give what it gave when the sum was made, which a fused difference of huge
+/// numbers does not.
+__device__ __forceinline__ float difference_of(float product, float scale, float lse) {
+  return __fmul_rn(product, scale) - lse;
+}
+
 /// 2^(score - lse): at most 1 however lse was rounded, NaN where either is NaN.
 __device__ __forceinline__ float probability(float difference) {
   return ptx::ex2(ptx::min_nan(difference, 0.0f));
@@ -213,24 +220,30 @@ template <int kHalf, int kKeys>
 __device__ __forceinline__ void add_heads(Scores<kKeys>& teacher, const Scores<kKeys>& s, int n,
                                           const float (&lse)[2], const bool (&exists)[2],
                                           float scale) {
-  float base[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // Where all scores are -inf nothing weighs anything.
-    base[r] = lse[r] == -INFINITY ? INFINITY : lse[r];
-  }
   const bool own = static_cast<int>(threadIdx.x) % 32 / 4 == n % 8;
+  const auto add = [&](auto power) {
 #pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
+    for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = exists[0] ? probability(fmaf(s[j][e], scale, -base[0])) : 0.0f;
-      sum += exists[1] ? probability(fmaf(s[j][2 + e], scale, -base[1])) : 0.0f;
-      sum += __shfl_xor_sync(~0u, sum, 4);
-      sum += __shfl_xor_sync(~0u, sum, 8);
-      sum += __shfl_xor_sync(~0u, sum, 16);
-      if (own) teacher[j][2 * kHalf + e] += sum;
+      for (int e = 0; e < 2; ++e) {
+        float sum = exists[0] ? power(s[j][e], lse[0]) : 0.0f;
+        sum += exists[1] ? power(s[j][2 + e], lse[1]) : 0.0f;
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        sum += __shfl_xor_sync(~0u, sum, 8);
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        if (own) teacher[j][2 * kHalf + e] += sum;
+      }
     }
+  };
+  // Up to here a difference is known to within 2^-6, and no power is much above 1.
+  constexpr float kLarge = 0x1p16f;
+  if (__any_sync(~0u, fabsf(lse[0]) > kLarge || fabsf(lse[1]) > kLarge)) {
+    // Where all scores are -inf, and lse is, nothing weighs anything.
+    add([scale](float x, float l) {
+      return probability(difference_of(x, scale, l == -INFINITY ? INFINITY : l));
+    });
+  } else {
+    add([scale](float x, float l) { return ptx::ex2(fmaf(x, scale, -l)); });
   }
 }
 
@@ -252,7 +265,7 @@ __device__ __forceinline__ void finish_query(const Params& g, const Query& query
       for (int e = 0; e < 2; ++e) {
         const float p = teacher[j][2 * kHalf + e] * share;
         // log P_idx = score - lse stays finite where P_idx underflows.
-        const float log_student = fmaf(student[j][2 * kHalf + e], g.student_scale, -lse);
+        const float log_student = difference_of(student[j][2 * kHalf + e], g.student_scale, lse);
         const bool visible = column_of(j, e) < query.limit;
         const float own = lse == -INFINITY ? 0.0f : probability(log_student);
         difference[e] = visible ? own - p : 0.0f;

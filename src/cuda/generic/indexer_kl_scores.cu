@@ -144,7 +144,7 @@ __device__ __forceinline__ float2 statistics_of(const Scores<kKeys>& s, int h, i
   for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
     for (int i = 2 * h; i < 2 * h + 2; ++i) {
-      if (column_of(j, i) < limit) m = fmaxf(m, s[j][i] * scale);
+      if (column_of(j, i) < limit) m = fmaxf(m, __fmul_rn(s[j][i], scale));
     }
   }
   m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -155,7 +155,7 @@ __device__ __forceinline__ float2 statistics_of(const Scores<kKeys>& s, int h, i
   for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
     for (int i = 2 * h; i < 2 * h + 2; ++i) {
-      if (column_of(j, i) < limit) l += ptx::ex2(s[j][i] * scale - base);
+      if (column_of(j, i) < limit) l += ptx::ex2(difference_of(s[j][i], scale, base));
     }
   }
   l += __shfl_xor_sync(~0u, l, 1);
