@@ -10,7 +10,6 @@
 #include "core/scalar.hpp"
 #include "cuda/generic/indexer_kl_bwd.hpp"
 #include "reference/reference.hpp"
-#include "tests/cuda/gpu_cases.hpp"
 #include "tests/support/device.hpp"
 #include "tests/support/gradient_bounds.hpp"
 #include "tests/support/verify.hpp"
@@ -41,7 +40,8 @@ std::vector<Case> m3_cases() {
       shape("m3_f16", one, mixed, DType::f16, normal, Selection::indexer),
       shape("m3_nans", one, {{70, 300}}, DType::bf16, nans, Selection::indexer),
       shape("m3_infinities", one, {{70, 300}}, DType::bf16, infinities, any_order),
-      shape("m3_ties", one, {{130, 300}}, DType::bf16, ties, scattered)};
+      shape("m3_ties", one, {{130, 300}}, DType::bf16, ties, scattered),
+      shape("m3_large", one, {{40, 200}}, DType::bf16, large, Selection::indexer)};
   for (std::size_t i = 0; i < cases.size(); ++i) cases[i].seed = static_cast<std::uint32_t>(40 + i);
   cases[1].problem.block_size = 256;
   return cases;
@@ -49,12 +49,8 @@ std::vector<Case> m3_cases() {
 
 std::vector<Case> kl_cases() {
   std::vector<Case> cases = m3_cases();
-  for (const std::vector<Case>& some : {all_cases(), scaled_cases()}) {
-    for (const Case& spec : some) {
-      if (spec.dtype != DType::f32 && Inputs(spec).supports<IndexerKlBackward>()) {
-        cases.push_back(spec);
-      }
-    }
+  for (const Case& spec : all_cases()) {
+    if (spec.dtype != DType::f32 && spec.keys == Keys::ragged) cases.push_back(spec);
   }
   return cases;
 }
