@@ -259,7 +259,7 @@ def main():
 
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        report = run_binary(arguments, folder, ["decode.", "1m" if arguments.skip_1m else ""])
+        report = run_binary(arguments, folder, ["decode.", "train.", "1m" if arguments.skip_1m else ""])
     report["commit"] = arguments.commit or git_commit()
     report["date"] = datetime.date.today().isoformat()
     if not arguments.skip_dense:

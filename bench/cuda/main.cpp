@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "bench/cuda/append.hpp"
+#include "bench/cuda/backward.hpp"
 #include "bench/cuda/cases.hpp"
 #include "bench/cuda/ceilings.hpp"
 #include "bench/cuda/decode.hpp"
@@ -143,6 +144,7 @@ std::vector<BenchCase> all_cases() {
   std::vector<BenchCase> cases = gpu_cases();
   for (const BenchCase& decode : decode_cases()) cases.push_back(decode);
   for (const BenchCase& append : append_cases()) cases.push_back(append);
+  for (const BenchCase& backward : backward_cases()) cases.push_back(backward);
   return cases;
 }
 

@@ -12,6 +12,7 @@ extern const msa::detail::Implementation<Indexer> kIndexer;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionDecode;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
+extern const msa::detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
 extern const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
 }  // namespace msa::cuda::sm90
 namespace msa::cuda::generic {

@@ -47,7 +47,7 @@ constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
     &cpu::kDenseAttentionForward, &reference::kDenseAttentionForward};
 constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::generic::kSparseAttentionBackward,
+    &cuda::sm90::kSparseAttentionBackward, &cuda::generic::kSparseAttentionBackward,
 #endif
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
 constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {

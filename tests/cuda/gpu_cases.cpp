@@ -332,9 +332,21 @@ std::vector<Case> gradient_cases() {
       {.name = "gradients_block_256",
        .problem = shape(4, 64, 256, 2),
        .sequences = {{30, 700}, {300, 300}}},
+      {.name = "gradients_group_2",
+       .problem = shape(2, 128, 128, 3),
+       .sequences = {{70, 450}, {0, 10}, {140, 140}}},
+      {.name = "gradients_group_4", .problem = shape(4, 64, 128, 3), .sequences = {{77, 500}}},
+      {.name = "gradients_pieces",
+       .problem = shape(1, 64, 128, 4),
+       .sequences = {{1000, 1000}, {3, 3}},
+       .selection = Selection::any_order},
+      {.name = "gradients_pieces_nans",
+       .problem = shape(1, 128, 128, 4),
+       .sequences = {{700, 700}},
+       .values = Values::nans},
       {.name = "gradients_many_queries",
        .problem = shape(1, 64, 64, 4),
-       .sequences = {{1100, 1100}, {3, 3}},
+       .sequences = {{1000, 1000}, {3, 3}},
        .selection = Selection::any_order}};
   std::vector<Case> cases;
   std::uint32_t seed = 500;

@@ -6,10 +6,9 @@
 #include "cuda/common/support.hpp"
 #include "cuda/sm90/attention_row.cuh"
 #include "cuda/sm90/sparse_attention_kv_outer.hpp"
+#include "cuda/sm90/sparse_attention_union.cuh"
 
 namespace msa::cuda::sm90 {
-
-inline constexpr int kColdTile = 8;  ///< tokens; of a tile too where any can be cold
 
 inline AttentionTensors tensors_of(const SparseAttentionForward& args) {
   const bool paged = args.batch.page_table.given();

@@ -4,60 +4,20 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 
 #include "cuda/common/launch.hpp"
-#include "cuda/common/tensor_map.hpp"
 #include "cuda/sm90/sparse_attention_fwd.cuh"
 #include "cuda/sm90/sparse_attention_fwd.hpp"
+#include "cuda/sm90/tensor_maps.hpp"
 
 namespace msa::cuda::sm90 {
 
 inline constexpr std::size_t kSmemLimit = 227 * 1024;  // of a CTA of compute capability 9.0
 
-inline std::uint64_t bytes_of(std::int64_t elements, DType dtype) {
-  return static_cast<std::uint64_t>(elements) * size_of(dtype);
-}
-
-/// k or v as (dim, token, head, page), ragged keys as one page; boxes of 128 bytes a row. Without
-/// keys a tensor of one token, which nothing reads.
-inline CUtensorMap map_of_keys(const TensorView& view, const SparseAttentionForward& args) {
-  const Problem& problem = args.problem;
-  const bool paged = args.batch.page_table.given();
-  const bool empty = view.shape[0] == 0;
-  const auto dim = static_cast<std::uint64_t>(problem.head_dim);
-  const auto heads = static_cast<std::uint64_t>(problem.num_kv_heads);
-  const std::uint64_t tokens = empty   ? 1
-                               : paged ? static_cast<std::uint64_t>(problem.block_size)
-                                       : static_cast<std::uint64_t>(view.shape[0]);
-  const std::uint64_t pages = paged && !empty ? static_cast<std::uint64_t>(view.shape[0]) : 1;
-  const std::uint64_t token_stride = bytes_of(view.stride[paged ? 2 : 0], view.dtype);
-  const std::uint64_t head_stride = bytes_of(view.stride[1], view.dtype);
-  const std::uint64_t page_stride = paged ? bytes_of(view.stride[0], view.dtype) : 16;
-  const auto positive = [](std::uint64_t stride) { return std::max<std::uint64_t>(stride, 16); };
-  return make_tensor_map(
-      empty ? args.q.data : view.data, view.dtype, std::array{dim, tokens, heads, pages},
-      std::array{positive(token_stride), positive(head_stride), positive(page_stride)},
-      std::array<std::uint32_t, 4>{static_cast<std::uint32_t>(kPanelBytes / size_of(view.dtype)),
-                                   static_cast<std::uint32_t>(problem.block_size), 1, 1});
-}
-
-inline CUtensorMap map_of_queries(const SparseAttentionForward& args, int slot_rows) {
-  const Problem& problem = args.problem;
-  return make_tensor_map(
-      args.q.data, args.q.dtype,
-      std::array{static_cast<std::uint64_t>(problem.head_dim),
-                 static_cast<std::uint64_t>(problem.num_q_heads),
-                 static_cast<std::uint64_t>(args.q.shape[0])},
-      std::array{std::max<std::uint64_t>(bytes_of(args.q.stride[1], args.q.dtype), 16),
-                 std::max<std::uint64_t>(bytes_of(args.q.stride[0], args.q.dtype), 16)},
-      std::array<std::uint32_t, 3>{64, static_cast<std::uint32_t>(slot_rows),
-                                   static_cast<std::uint32_t>(64 / slot_rows)});
-}
-
 template <class T, int kDim, int kBlock, bool kWiden>
 void launch_union(const SparseAttentionForward& args, ColdTiles cold, cudaStream_t stream) {
   const Problem& problem = args.problem;
+  const bool paged = args.batch.page_table.given();
   UnionParams g{};
   g.tensors = tensors_of(args);
   g.slot_rows = std::max(problem.group_size(), 4);
@@ -82,8 +42,9 @@ void launch_union(const SparseAttentionForward& args, ColdTiles cold, cudaStream
          {.grid = dim3(static_cast<unsigned>(grid)),
           .threads = kUnionThreads + (kWiden ? kWidenThreads : 0),
           .smem_bytes = fixed + static_cast<std::size_t>(g.stages) * kStageBytes},
-         stream, g, map_of_queries(args, g.slot_rows), map_of_keys(args.k, args),
-         map_of_keys(args.v, args));
+         stream, g, map_of_queries(args.q, problem, g.slot_rows),
+         map_of_keys(args.k, problem, paged, args.q.data),
+         map_of_keys(args.v, problem, paged, args.q.data));
 }
 
 /// Starts the union kernel for T.

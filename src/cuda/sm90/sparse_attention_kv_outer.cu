@@ -5,10 +5,10 @@
 #include "core/workspace.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/support.hpp"
-#include "cuda/common/tensor_map.hpp"
 #include "cuda/sm90/sparse_attention_fwd.hpp"
 #include "cuda/sm90/sparse_attention_kv_outer.hpp"
 #include "cuda/sm90/sparse_attention_kv_outer_merge.cuh"
+#include "cuda/sm90/tensor_maps.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
@@ -74,32 +74,6 @@ Layout make_layout(const SparseAttentionForward& args, std::byte* workspace) {
   return layout;
 }
 
-std::uint64_t stride_bytes(const TensorView& view, std::size_t axis) {
-  // Of an axis of one the stride means nothing, and TMA wants a multiple of 16.
-  return view.shape[axis] > 1 ? static_cast<std::uint64_t>(view.stride[axis]) * 2 : 16;
-}
-
-/// Boxes of one token's group: 64 columns, heads by eights (or all where there are fewer), panels.
-CUtensorMap make_q_map(const TensorView& q, const Problem& problem) {
-  const auto dim = static_cast<std::uint64_t>(problem.head_dim);
-  const auto heads = static_cast<std::uint64_t>(problem.num_q_heads);
-  const auto group = static_cast<std::uint32_t>(problem.group_size());
-  const auto panels = static_cast<std::uint32_t>(dim / 64);
-  const auto tokens = static_cast<std::uint64_t>(q.shape[0]);
-  const std::uint64_t head = stride_bytes(q, 1);
-  const std::uint64_t token = stride_bytes(q, 0);
-  if (group >= 8) {
-    const std::uint64_t dims[] = {64, 8, panels, heads / 8, tokens};
-    const std::uint64_t strides[] = {head, 128, 8 * head, token};
-    const std::uint32_t box[] = {64, 8, panels, group / 8, 1};
-    return make_tensor_map(q.data, q.dtype, dims, strides, box);
-  }
-  const std::uint64_t dims[] = {64, heads, panels, 1, tokens};
-  const std::uint64_t strides[] = {head, 128, 16, token};
-  const std::uint32_t box[] = {64, group, 1, 1, 1};
-  return make_tensor_map(q.data, q.dtype, dims, strides, box);
-}
-
 /// Boxes of one block of one head: 64 columns, its keys, panels.
 CUtensorMap make_kv_map(const TensorView& kv, const Problem& problem, bool paged) {
   const auto panels = static_cast<std::uint32_t>(problem.head_dim / 64);
@@ -143,7 +117,7 @@ void run_shape(const SparseAttentionForward& args, ColdTiles cold, std::byte* wo
 
   // Without keys no item refers to them.
   const bool keys = args.k.shape[0] > 0;
-  const CUtensorMap q_map = make_q_map(args.q, problem);
+  const CUtensorMap q_map = map_of_groups(args.q, problem);
   const CUtensorMap k_map = keys ? make_kv_map(args.k, problem, paged) : q_map;
   const CUtensorMap v_map = keys ? make_kv_map(args.v, problem, paged) : q_map;
   AttendParams attend{.lists = layout.lists,
