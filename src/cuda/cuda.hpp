@@ -13,6 +13,7 @@ extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentio
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForward;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
 extern const msa::detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
+extern const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
 }  // namespace msa::cuda::sm90
 namespace msa::cuda::generic {
 extern const msa::detail::Implementation<IndexerScores> kIndexerScores;

@@ -8,10 +8,10 @@
 #include <utility>
 
 #include "core/workspace.hpp"
+#include "cuda/common/indexer_kl.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
 #include "cuda/cuda.hpp"
-#include "cuda/generic/indexer_kl.cuh"
 #include "cuda/generic/indexer_kl_bwd.hpp"
 
 namespace msa::cuda::generic {
@@ -250,7 +250,9 @@ Plan lay_out(const IndexerKlBackward& args, std::int64_t window_bytes,
   return plan;
 }
 
-std::optional<std::string> declines(const IndexerKlBackward& args, const Options&) {
+}  // namespace
+
+std::optional<std::string> declines_indexer_kl(const IndexerKlBackward& args, const Options&) {
   if (auto reason = declines_device(args, 80, false)) return reason;
   const DType dtype = args.q.dtype;
   if (dtype != DType::bf16 && dtype != DType::f16) {
@@ -278,8 +280,6 @@ std::optional<std::string> declines(const IndexerKlBackward& args, const Options
   return declines_query_lists(args);
 }
 
-}  // namespace
-
 std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64_t window_bytes) {
   core::WorkspaceLayout layout;
   lay_out(args, window_bytes, layout);
@@ -287,7 +287,8 @@ std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64
 }
 
 void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
-                    std::span<std::byte> workspace, Stream given_stream) {
+                    const KlScoreGradients& score_gradients, std::span<std::byte> workspace,
+                    Stream given_stream) {
   const cudaStream_t stream = stream_of(given_stream);
   core::WorkspaceLayout layout(workspace.data());
   const auto [first, lists] = lay_out(args, window_bytes, layout);
@@ -307,10 +308,10 @@ void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
     const LaunchConfig warps{
         .grid = dim3(static_cast<unsigned>(ceil_div(g.num_rows * g.num_kv_heads, kThreads / 32))),
         .threads = kThreads};
-    launch_statistics(g, dtype, stream);
+    launch_kl_statistics(g, dtype, stream);
     launch(merge_statistics_kernel, warps, stream, g);
-    launch_score_gradients(g, dtype, stream);
-    if (gradients) launch_index_gradients(g, dtype, stream);
+    score_gradients.launch(score_gradients.context, g, dtype, stream);
+    if (gradients) launch_kl_index_gradients(g, dtype, stream);
     launch(merge_gradients_kernel, warps, stream, g);
   }
   if (g.loss != nullptr) launch(sum_losses_kernel, {.threads = kLossThreads}, stream, g);
@@ -325,11 +326,13 @@ void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
 const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward = {
     .name = "cuda_generic",
     .dtypes = "f16 bf16",
-    .declines = declines,
+    .declines = declines_indexer_kl,
     .workspace_bytes = [](const IndexerKlBackward& args) -> std::size_t {
       return indexer_kl_workspace_bytes(args, kKlWindowBytes);
     },
-    .run = [](const IndexerKlBackward& args, std::span<std::byte> workspace,
-              Stream stream) { run_indexer_kl(args, kKlWindowBytes, workspace, stream); }};
+    .run =
+        [](const IndexerKlBackward& args, std::span<std::byte> workspace, Stream stream) {
+          run_indexer_kl(args, kKlWindowBytes, kGenericKlScoreGradients, workspace, stream);
+        }};
 
 }  // namespace msa::cuda::generic

@@ -4,12 +4,17 @@
 // takes 128 queries at a time: a warp's 16 queries times the keys give their parts of dindex_q,
 // and all queries' dS transposed times their index_q add to dindex_k, of which each warp keeps a
 // part in registers.
+#include <type_traits>
+
+#include "cuda/common/indexer_kl.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
-#include "cuda/generic/indexer_kl.cuh"
+#include "cuda/generic/indexer_kl_bwd.hpp"
 
-namespace msa::cuda::generic::kl {
+namespace msa::cuda::generic {
 namespace {
+
+using namespace kl;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
@@ -28,6 +33,22 @@ template <class T, int kDim>
 __device__ __forceinline__ bool has_special(const T* row, int dim) {
   bool special = false;
   for (int d = 0; d < dim; ++d) special |= !is_finite(row[d]);
+  return special;
+}
+
+/// Whether this thread's share of a whole tile has a NaN or an infinity.
+template <class T, int kDim, int kRows>
+__device__ __forceinline__ bool tile_has_special(const T* tile) {
+  constexpr std::uint32_t kExponent = std::is_same_v<T, __half> ? 0x7C00 : 0x7F80;
+  constexpr int kVectors = kDim / 8;
+  bool special = false;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
+    const uint4 vector =
+        *reinterpret_cast<const uint4*>(tile + i / kVectors * kPitch<kDim> + i % kVectors * 8);
+    for (const std::uint32_t pair : {vector.x, vector.y, vector.z, vector.w}) {
+      special |= (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
+    }
+  }
   return special;
 }
 
@@ -165,8 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  const bool special_keys = __syncthreads_or(
-      thread < kKeys && has_special<T, kDim>(index_k + thread * kPitch<kDim>, g.index_dim));
+  const bool special_keys = __syncthreads_or(tile_has_special<T, kDim, kKeys>(index_k)) != 0;
 
   const int first_key = warp % (kKeys / 16) * 16;
   const int first_column = warp / (kKeys / 16) * kColumns;
@@ -249,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream) {
+void launch_kl_index_gradients(const kl::Params& g, DType dtype, cudaStream_t stream) {
   with_tiles(g, [&]<int kDim, int kKeys>() {
     launch(dtype == DType::f16 ? index_gradients_kernel<__half, kDim, kKeys>
                                : index_gradients_kernel<__nv_bfloat16, kDim, kKeys>,
@@ -261,4 +281,4 @@ void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream) {
   });
 }
 
-}  // namespace msa::cuda::generic::kl
+}  // namespace msa::cuda::generic

@@ -3,12 +3,15 @@
 // The scores of the KL loss. A CTA holds the keys and index keys of a piece; each of its warps
 // takes 16 queries at a time: the teacher's scores query by query with 16 heads as the rows of its
 // products, the student's with the 16 queries as rows.
+#include "cuda/common/indexer_kl.cuh"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
-#include "cuda/generic/indexer_kl.cuh"
+#include "cuda/generic/indexer_kl_bwd.hpp"
 
-namespace msa::cuda::generic::kl {
+namespace msa::cuda::generic {
 namespace {
+
+using namespace kl;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
@@ -22,14 +25,6 @@ constexpr std::size_t kSmemBytes =
 
 template <int kDim, int kKeys>
 constexpr int kCtasPerSm = kDim <= 128 ? 2 : 1;
-
-/// Scores of a warp: row lane / 4 + 8 (i / 2), column 8 j + lane % 4 * 2 + i % 2 at [j][i].
-template <int kKeys>
-using Scores = float[kKeys / 8][4];
-
-__device__ __forceinline__ int column_of(int j, int i) {
-  return 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-}
 
 /// The part of a piece's work that one warp does: its 16 queries, lane n holding query n.
 template <class T, int kDim, int kKeys>
@@ -149,7 +144,7 @@ __device__ __forceinline__ float2 statistics_of(const Scores<kKeys>& s, int h, i
   for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
     for (int i = 2 * h; i < 2 * h + 2; ++i) {
-      if (column_of(j, i) < limit) m = fmaxf(m, s[j][i] * scale);
+      if (column_of(j, i) < limit) m = fmaxf(m, __fmul_rn(s[j][i], scale));
     }
   }
   m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -160,7 +155,7 @@ __device__ __forceinline__ float2 statistics_of(const Scores<kKeys>& s, int h, i
   for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
     for (int i = 2 * h; i < 2 * h + 2; ++i) {
-      if (column_of(j, i) < limit) l += ptx::ex2(s[j][i] * scale - base);
+      if (column_of(j, i) < limit) l += ptx::ex2(difference_of(s[j][i], scale, base));
     }
   }
   l += __shfl_xor_sync(~0u, l, 1);
@@ -210,13 +205,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kDim, kKeys>)
   }
 }
 
-/// 2^(score - lse), the probability of a score: at most 1 however lse was rounded, 0 where nothing
-/// weighs anything, NaN where lse is NaN.
-__device__ __forceinline__ float probability(float difference, float lse) {
-  if (lse == -INFINITY) return 0.0f;
-  return ptx::ex2(difference > 0.0f ? 0.0f : difference);
-}
-
 template <class T, int kDim, int kKeys>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm<kDim, kKeys>)
     score_gradients_kernel(const __grid_constant__ Params g) {
@@ -236,73 +224,27 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kDim, kKeys>)
     if (!warp.take_queries(first)) continue;
     // Sums over the group's heads, in the layout of the student's scores.
     Scores<kKeys> teacher = {};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      warp.for_each_teacher(8 * h, 8 * h + 8, [&](int n, int first_head, const Scores<kKeys>& s) {
-        const Query query = warp.query(n);
-        float lse[2];
-        bool exists[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int in_group = first_head + lane / 4 + 8 * r;
-          exists[r] = in_group < g.group_size;
-          lse[r] = exists[r] ? g.lse_of(query.row, head * g.group_size + in_group) : 0.0f;
-        }
-        const bool own = lane / 4 == n % 8;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float sum = 0.0f;
+    const auto add_half = [&]<int kHalf>() {
+      warp.for_each_teacher(
+          8 * kHalf, 8 * kHalf + 8, [&](int n, int first_head, const Scores<kKeys>& s) {
+            const Query query = warp.query(n);
+            float lse[2];
+            bool exists[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              const float difference = fmaf(s[j][2 * r + e], g.teacher_scale, -lse[r]);
-              if (exists[r]) sum += probability(difference, lse[r]);
+              const int in_group = first_head + lane / 4 + 8 * r;
+              exists[r] = in_group < g.group_size;
+              lse[r] = exists[r] ? g.lse_of(query.row, head * g.group_size + in_group) : 0.0f;
             }
-            if (column_of(j, e) >= query.limit) sum = 0.0f;
-            sum += __shfl_xor_sync(~0u, sum, 4);
-            sum += __shfl_xor_sync(~0u, sum, 8);
-            sum += __shfl_xor_sync(~0u, sum, 16);
-            if (own) teacher[j][2 * h + e] += sum;
-          }
-        }
-      });
-    }
+            add_heads<kHalf, kKeys>(teacher, s, n, lse, exists, g.teacher_scale);
+          });
+    };
+    add_half.template operator()<0>();
+    add_half.template operator()<1>();
     Scores<kKeys> s;
     warp.student(s);
-    const float share = 1.0f / static_cast<float>(g.group_size);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Query query = warp.query(lane / 4 + 8 * h);
-      float loss = 0.0f;
-      if (query.limit > 0) {
-        const float lse = g.student_lse[query.row * g.num_kv_heads + head];
-        T* const ds = static_cast<T*>(g.ds) + query.pair * g.piece_size;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j) {
-          float difference[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float p = teacher[j][2 * h + e] * share;
-            // log P_idx = score - lse stays finite where P_idx underflows.
-            const float log_student = fmaf(s[j][2 * h + e], g.student_scale, -lse);
-            const bool visible = column_of(j, e) < query.limit;
-            difference[e] = visible ? probability(log_student, lse) - p : 0.0f;
-            if (visible && p != 0.0f) loss += p * (log2f(p) - log_student);
-          }
-          if (g.dindex_q.data != nullptr && column_of(j, 0) < g.piece_size) {
-            *reinterpret_cast<std::uint32_t*>(ds + column_of(j, 0)) =
-                ptx::pack<T>(difference[0] * g.ds_scale, difference[1] * g.ds_scale);
-          }
-        }
-      }
-      // A quad has one query.
-      constexpr double kLn2 = 0.69314718055994530942;
-      double sum = static_cast<double>(loss) * kLn2;
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (lane % 4 == 0 && query.limit > 0) g.pair_losses[query.pair] = sum;
-    }
+    finish_query<T, 0, kKeys>(g, warp.query(lane / 4), head, teacher, s);
+    finish_query<T, 1, kKeys>(g, warp.query(lane / 4 + 8), head, teacher, s);
   }
 }
 
@@ -314,7 +256,7 @@ dim3 grid_of(const Params& g) {
 
 }  // namespace
 
-void launch_statistics(const Params& g, DType dtype, cudaStream_t stream) {
+void launch_kl_statistics(const kl::Params& g, DType dtype, cudaStream_t stream) {
   with_tiles(g, [&]<int kDim, int kKeys>() {
     launch(dtype == DType::f16 ? statistics_kernel<__half, kDim, kKeys>
                                : statistics_kernel<__nv_bfloat16, kDim, kKeys>,
@@ -323,7 +265,7 @@ void launch_statistics(const Params& g, DType dtype, cudaStream_t stream) {
   });
 }
 
-void launch_score_gradients(const Params& g, DType dtype, cudaStream_t stream) {
+void launch_kl_score_gradients(const kl::Params& g, DType dtype, cudaStream_t stream) {
   with_tiles(g, [&]<int kDim, int kKeys>() {
     launch(dtype == DType::f16 ? score_gradients_kernel<__half, kDim, kKeys>
                                : score_gradients_kernel<__nv_bfloat16, kDim, kKeys>,
@@ -332,4 +274,4 @@ void launch_score_gradients(const Params& g, DType dtype, cudaStream_t stream) {
   });
 }
 
-}  // namespace msa::cuda::generic::kl
+}  // namespace msa::cuda::generic

@@ -30,6 +30,13 @@ __device__ __forceinline__ float max_nan(float x, float y) {
   return larger;
 }
 
+/// The smaller one; NaN where one is NaN (fminf drops it).
+__device__ __forceinline__ float min_nan(float x, float y) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(x), "f"(y));
+  return smaller;
+}
+
 /// Two numbers rounded to nearest even; `low` in the low half.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);

@@ -4,9 +4,10 @@
 #pragma once
 
 #include "cuda/common/keys.cuh"
+#include "cuda/common/ptx/math.cuh"
 #include "cuda/common/query_lists.cuh"
 
-namespace msa::cuda::generic::kl {
+namespace msa::cuda::kl {
 
 /// Rows of a float tensor that is read or written by heads; strides in bytes.
 struct Rows {
@@ -191,11 +192,97 @@ __device__ __forceinline__ bool attends(const Params& g, std::int64_t row, int h
          block * g.batch.block_size + slot % g.pieces_per_block * g.piece_size < visible;
 }
 
-/// Launchers; dtype is that of q, k, index_q and index_k. Statistics of scores, then dS and the
-/// loss, of each pair.
-void launch_statistics(const Params& g, DType dtype, cudaStream_t stream);
-void launch_score_gradients(const Params& g, DType dtype, cudaStream_t stream);
-/// From dS: dindex_q of each pair, and the window's share of dindex_k.
-void launch_index_gradients(const Params& g, DType dtype, cudaStream_t stream);
+/// Scores of a warp's 16 rows with the keys of a piece, as products of tensor cores leave them: row
+/// lane / 4 + 8 (i / 2), column 8 j + lane % 4 * 2 + i % 2 at [j][i].
+template <int kKeys>
+using Scores = float[kKeys / 8][4];
 
-}  // namespace msa::cuda::generic::kl
+__device__ __forceinline__ int column_of(int j, int i) {
+  return 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+}
+
+/// A score minus a logarithm of sums of them. The product is rounded before it is subtracted: the
+/// largest score must give what it gave when the sum was made, which a fused difference of huge
+/// numbers does not.
+__device__ __forceinline__ float difference_of(float product, float scale, float lse) {
+  return __fmul_rn(product, scale) - lse;
+}
+
+/// 2^(score - lse): at most 1 however lse was rounded, NaN where either is NaN.
+__device__ __forceinline__ float probability(float difference) {
+  return ptx::ex2(ptx::min_nan(difference, 0.0f));
+}
+
+/// Rows of `s` are 16 heads of query n (of the warp's 16), whose probabilities are added up and put
+/// to row n of `teacher`, of which kHalf is n / 8; in columns that the query does not see they mean
+/// nothing. `lse` of heads lane / 4 and lane / 4 + 8.
+template <int kHalf, int kKeys>
+__device__ __forceinline__ void add_heads(Scores<kKeys>& teacher, const Scores<kKeys>& s, int n,
+                                          const float (&lse)[2], const bool (&exists)[2],
+                                          float scale) {
+  const bool own = static_cast<int>(threadIdx.x) % 32 / 4 == n % 8;
+  const auto add = [&](auto power) {
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float sum = exists[0] ? power(s[j][e], lse[0]) : 0.0f;
+        sum += exists[1] ? power(s[j][2 + e], lse[1]) : 0.0f;
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        sum += __shfl_xor_sync(~0u, sum, 8);
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        if (own) teacher[j][2 * kHalf + e] += sum;
+      }
+    }
+  };
+  // Up to here a difference is known to within 2^-6, and no power is much above 1.
+  constexpr float kLarge = 0x1p16f;
+  if (__any_sync(~0u, fabsf(lse[0]) > kLarge || fabsf(lse[1]) > kLarge)) {
+    // Where all scores are -inf, and lse is, nothing weighs anything.
+    add([scale](float x, float l) {
+      return probability(difference_of(x, scale, l == -INFINITY ? INFINITY : l));
+    });
+  } else {
+    add([scale](float x, float l) { return ptx::ex2(fmaf(x, scale, -l)); });
+  }
+}
+
+/// dS and the loss of query lane / 4 + 8 kHalf of the warp's, from the teacher's sums and the
+/// student's scores.
+template <class T, int kHalf, int kKeys>
+__device__ __forceinline__ void finish_query(const Params& g, const Query& query, int head,
+                                             const Scores<kKeys>& teacher,
+                                             const Scores<kKeys>& student) {
+  float loss = 0.0f;
+  if (query.limit > 0) {
+    const float share = 1.0f / static_cast<float>(g.group_size);
+    const float lse = g.student_lse[query.row * g.num_kv_heads + head];
+    T* const ds = static_cast<T*>(g.ds) + query.pair * g.piece_size;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      float difference[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float p = teacher[j][2 * kHalf + e] * share;
+        // log P_idx = score - lse stays finite where P_idx underflows.
+        const float log_student = difference_of(student[j][2 * kHalf + e], g.student_scale, lse);
+        const bool visible = column_of(j, e) < query.limit;
+        const float own = lse == -INFINITY ? 0.0f : probability(log_student);
+        difference[e] = visible ? own - p : 0.0f;
+        if (visible && p != 0.0f) loss += p * (log2f(p) - log_student);
+      }
+      if (g.dindex_q.data != nullptr && column_of(j, 0) < g.piece_size) {
+        *reinterpret_cast<std::uint32_t*>(ds + column_of(j, 0)) =
+            ptx::pack<T>(difference[0] * g.ds_scale, difference[1] * g.ds_scale);
+      }
+    }
+  }
+  // A quad has one query.
+  constexpr double kLn2 = 0.69314718055994530942;
+  double sum = static_cast<double>(loss) * kLn2;
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  if (threadIdx.x % 4 == 0 && query.limit > 0) g.pair_losses[query.pair] = sum;
+}
+
+}  // namespace msa::cuda::kl
