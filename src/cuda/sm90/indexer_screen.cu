@@ -64,7 +64,8 @@ __device__ void code_query(const T* query, std::uint8_t* codes, QueryBound* boun
   if (lane != 0) return;
   constexpr float kSlack = 1.0f + 0x1p-9f;  // more than every rounding here
   constexpr float kNorm = 1437.0f;          // of a key's codes, 127 sqrt(128) at most
-  constexpr float kSums = 8.0f * 18.0f * 0x1p-23f + 0x1p-20f;
+  // 8 steps of the exact path's mma, and the roundings of the estimate.
+  constexpr float kSums = 8.0f * 40.0f * 0x1p-23f + 0x1p-20f;
   const float norm = scaled ? sqrtf(squares) : 12.0f * largest;
   const float remainder = scaled ? 6.0f * scale : norm;
   *bound = coded ? QueryBound{scale, norm * kSlack + 0x1p-100f,
