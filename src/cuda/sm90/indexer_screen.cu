@@ -73,10 +73,14 @@ __device__ void code_query(const T* query, std::uint8_t* codes, QueryBound* boun
                  : QueryBound{0.0f, 1.0f, 0.0f, INFINITY};
 }
 
-/// A lane's part of a block's codes: of keys g and g + 8 the pieces t and t + 4, and the scales.
-struct CodedKeys {
-  uint4 rows[2][2];
-  std::uint32_t scales[2];
+constexpr int kStages = 4;  // a block that is multiplied, and those on their way
+constexpr int kAhead = kStages - 1;
+
+/// Codes and scales of kStages blocks. Every thread copies what it will read itself: of its keys g
+/// and g + 8 the 16-byte pieces t and t + 4, and both scales.
+struct CodedRing {
+  uint4 codes[kStages][2][2][kDecodeThreads];
+  std::uint32_t scales[kStages][2][kDecodeThreads];
 };
 
 struct CodedBlock {
@@ -97,7 +101,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     screen_kernel(const __grid_constant__ ScreenParams params) {
   extern __shared__ __align__(16) std::uint8_t smem[];
   const int pass_rows = params.exact.pass_rows;
-  auto* const queries = smem;  // [pass_rows][limb][kCodePitch]
+  auto& ring = *reinterpret_cast<CodedRing*>(smem);
+  auto* const queries = smem + sizeof(CodedRing);  // [pass_rows][limb][kCodePitch]
   auto* const bounds = reinterpret_cast<QueryBound*>(queries + pass_rows * kLimbs * kCodePitch);
   auto* const maxima = reinterpret_cast<float2*>(bounds + pass_rows);  // [2][warps][pass_rows]
   auto* const ends = reinterpret_cast<int*>(maxima + 2 * kDecodeWarps * pass_rows);
@@ -127,45 +132,58 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int end = begin + least + (cta < rest ? 1 : 0);
   if (begin == end) return;
 
-  const auto load = [&](CodedKeys& keys, const DecodeItem& item, const CodedBlock& block) {
+  /// Brings a block into its slot; one group of copies even where there is nothing to copy.
+  const auto load = [&](int index, const DecodeItem& item, const CodedBlock& block) {
+    const int slot = index % kStages;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 && index < end; ++i) {
       const int key = key_row + 8 * i;
       const bool there = block.codes != nullptr && key < item.k_len - item.block * kDecodeBlock;
-      const auto* const from = reinterpret_cast<const uint4*>(
-          block.codes + key * params.codes_token_stride + lane % 4 * 16);
-      keys.rows[i][0] = there ? __ldcs(from) : uint4{};
-      keys.rows[i][1] = there ? __ldcs(from + 4) : uint4{};
-      keys.scales[i] = there ? __ldcs(reinterpret_cast<const std::uint32_t*>(
-                                   block.scales + key * params.scales_token_stride))
-                             : 0u;
+      const std::byte* const codes =
+          there ? block.codes + key * params.codes_token_stride + lane % 4 * 16 : params.codes;
+      const std::byte* const scales =
+          there ? block.scales + key * params.scales_token_stride : params.scales;
+      ptx::cp_async_16(ptx::smem_address(&ring.codes[slot][i][0][thread]), codes, there ? 16 : 0);
+      ptx::cp_async_16(ptx::smem_address(&ring.codes[slot][i][1][thread]), codes + 64,
+                       there ? 16 : 0);
+      ptx::cp_async_4(ptx::smem_address(&ring.scales[slot][i][thread]), scales, there ? 4 : 0);
     }
+    ptx::cp_async_commit();
   };
 
-  DecodeCursor cursor{params.exact, ends, {}};
-  cursor.seek(begin);
-  DecodeItem item = cursor.item;
-  CodedBlock block = coded_block(params, item);
-  CodedKeys keys;
-  load(keys, item, block);
-  CodedBlock next_block{};
-  if (begin + 1 < end) {
-    cursor.advance();
-    next_block = coded_block(params, cursor.item);
+  DecodeCursor ahead{params.exact, ends, {}};
+  ahead.seek(begin);
+  DecodeCursor current = ahead;
+  DecodeItem items[kStages] = {};  // the first ones, all of whose pages are asked for at once
+  CodedBlock blocks[kStages] = {};
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    if (begin + i >= end) break;
+    if (i > 0) ahead.advance();
+    items[i] = ahead.item;
+    blocks[i] = coded_block(params, ahead.item);
   }
+  std::uint32_t missing = 0;  // a bit a slot: its block has no page
+  const auto note = [&](int index, const CodedBlock& block) {
+    const std::uint32_t bit = 1u << (index % kStages);
+    missing = block.codes == nullptr ? missing | bit : missing & ~bit;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    load(begin + i, items[i], blocks[i]);
+    note(begin + i, blocks[i]);
+  }
+  CodedBlock next_block = blocks[kAhead];
   int loaded_sequence = -1;
   int loaded_pass = -1;
   for (int index = begin; index < end; ++index) {
-    CodedKeys next_keys{};
-    const DecodeItem next_item = cursor.item;
-    const bool missing = block.codes == nullptr;
-    if (index + 1 < end) {
-      load(next_keys, next_item, next_block);
-      block = next_block;
-      if (index + 2 < end) {
-        cursor.advance();
-        next_block = coded_block(params, cursor.item);
-      }
+    const DecodeItem item = current.item;
+    if (index + 1 < end) current.advance();
+    load(index + kAhead, ahead.item, next_block);
+    note(index + kAhead, next_block);
+    if (index + kStages < end) {
+      ahead.advance();
+      next_block = coded_block(params, ahead.item);
     }
     const int row0 = item.pass * pass_rows;
     const int num_rows = min(item.q_len * heads - row0, pass_rows);
@@ -189,12 +207,18 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int first_key = item.block * kDecodeBlock + key_row;
     const int position = item.k_len - item.q_len;  // of the first query
     const bool masked = first_key - key_row + kDecodeBlock - 1 > position + row0 / heads;
+    ptx::cp_async_wait<kAhead>();
+    const int slot = index % kStages;
+    uint4 codes[2][2];
     float scales[2];
     float errors[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scales[i] = __uint_as_float(keys.scales[i] << 16);
-      errors[i] = __uint_as_float(keys.scales[i] & 0xffff0000u);
+      codes[i][0] = ring.codes[slot][i][0][thread];
+      codes[i][1] = ring.codes[slot][i][1][thread];
+      const std::uint32_t pair = ring.scales[slot][i][thread];
+      scales[i] = __uint_as_float(pair << 16);
+      errors[i] = __uint_as_float(pair & 0xffff0000u);
     }
     for (int tile = 0; tile * 4 < num_rows; ++tile) {
       int d[4] = {};  // row tile * 4 + lane % 4: high and low limb of key g, then of key g + 8
@@ -203,8 +227,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4 b = column[4 * half];
-        const uint4 k0 = keys.rows[0][half];
-        const uint4 k1 = keys.rows[1][half];
+        const uint4 k0 = codes[0][half];
+        const uint4 k1 = codes[1][half];
         ptx::mma_m16n8k32_s8(d, {k0.x, k1.x, k0.y, k1.y}, b.x, b.y);
         ptx::mma_m16n8k32_s8(d, {k0.z, k1.z, k0.w, k1.w}, b.z, b.w);
       }
@@ -238,7 +262,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         score.x = fmaxf(score.x, of_warp.x);
         score.y = fmaxf(score.y, of_warp.y);
       }
-      if (missing) score = {-INFINITY, -INFINITY};
+      if ((missing >> slot & 1u) != 0) score = {-INFINITY, -INFINITY};
       const int token = (row0 + thread) / heads;
       const int head = (row0 + thread) % heads;
       const std::int64_t at = head * params.exact.head_stride +
@@ -247,8 +271,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       params.exact.scores[at] = score.x;
       params.upper[at] = score.y;
     }
-    keys = next_keys;
-    item = next_item;
   }
 }
 
@@ -341,7 +363,7 @@ void start_screen(const ScreenParams& params, int grid, cudaStream_t stream) {
   launch(screen_kernel<T>,
          {.grid = dim3(static_cast<unsigned>(grid)),
           .threads = kDecodeThreads,
-          .smem_bytes = rows * kRowBytes +
+          .smem_bytes = sizeof(CodedRing) + rows * kRowBytes +
                         static_cast<std::size_t>(params.exact.batch.batch_size) * sizeof(int),
           .dependent = true},
          stream, params);
