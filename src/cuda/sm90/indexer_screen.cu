@@ -28,7 +28,8 @@ __device__ void code_query(const T* query, std::uint8_t* codes, QueryBound* boun
   float q[4] = {};
   if (query != nullptr) {
     const uint2 words = *reinterpret_cast<const uint2*>(query + 4 * lane);
-    const auto* const elements = reinterpret_cast<const T*>(&words);
+    T elements[4];
+    memcpy(elements, &words, sizeof(words));
 #pragma unroll
     for (int i = 0; i < 4; ++i) q[i] = static_cast<float>(elements[i]);
   }
@@ -68,8 +69,10 @@ __device__ void code_query(const T* query, std::uint8_t* codes, QueryBound* boun
   constexpr float kSums = 8.0f * 40.0f * 0x1p-23f + 0x1p-20f;
   const float norm = scaled ? sqrtf(squares) : 12.0f * largest;
   const float remainder = scaled ? 6.0f * scale : norm;
+  // What underflows: at most 2^-100, and sqrt(128) norm 2^-126 should a subnormal key count as 0.
+  const float underflow = 0x1p-100f + norm * 0x1p-120f;
   *bound = coded ? QueryBound{scale, norm * kSlack + 0x1p-100f,
-                              kNorm * (remainder + norm * kSums) * kSlack, 0x1p-100f}
+                              kNorm * (remainder + norm * kSums) * kSlack, underflow}
                  : QueryBound{0.0f, 1.0f, 0.0f, INFINITY};
 }
 
