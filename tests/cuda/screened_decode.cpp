@@ -214,6 +214,19 @@ const std::vector<ScreenFamily>& screen_families() {
          fill_on_the_bound(decode, noise);
          decode.fill_queries([&](auto) { return noise.below(2) == 0 ? 1.0 : -1.0; });
        }},
+      // The same on stairs about as high as twice the error, so that blocks one stair below the
+      // least selected are on the edge of being left out, and all others are.
+      {"on_the_bound_stairs",
+       [](const auto& decode, Noise& noise) {
+         decode.fill_queries([](auto) { return 1.0; });
+         decode.fill_keys([&](std::int64_t token, std::int64_t d) {
+           if (d == 0) return 127.0;
+           const std::int64_t block = token / ScreenedDecode::kBlock;
+           const double stair = d % 2 == 0 ? 2.0 * static_cast<double>(block * 37 % 41 - 20) : 0.0;
+           const double even = stair + (d == 1 ? 2.0 * static_cast<double>(noise.below(3)) : 0.0);
+           return block % 2 == 0 ? even + 0.5 : even - 0.5;
+         });
+       }},
       {"close", fill_close},
       {"ties",
        [](const auto& decode, Noise& noise) {
