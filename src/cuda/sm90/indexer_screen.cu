@@ -161,10 +161,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   CodedBlock blocks[kStages] = {};
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (begin + i >= end) break;
-    if (i > 0) ahead.advance();
-    items[i] = ahead.item;
-    blocks[i] = coded_block(params, ahead.item);
+    if (begin + i < end) {
+      if (i > 0) ahead.advance();
+      items[i] = ahead.item;
+      blocks[i] = coded_block(params, ahead.item);
+    }
   }
   std::uint32_t missing = 0;  // a bit a slot: its block has no page
   const auto note = [&](int index, const CodedBlock& block) {
