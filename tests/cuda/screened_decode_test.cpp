@@ -48,7 +48,7 @@ TEST_P(GpuScreened, SelectsTheSameBlocksOfMixedRequests) {
                            {5, 3},
                            {1, 1},
                            {1, 8192}});
-      Noise noise(7);
+    Noise noise(7);
     GetParam().fill(decode, noise);
     decode.lose_page(0, 3, -1);
     decode.lose_page(2, 30, 1 << 20);
