@@ -13,6 +13,7 @@ namespace msa::bench {
 namespace {
 
 constexpr Problem kM3{};
+constexpr const char* kScreened = "cuda_sm90_decode_screened";
 constexpr int kMaxCaches = 32;
 // Ten times the L2 cache: what one step reads is gone when its turn comes again.
 constexpr double kTurnBytes = 500e6;
@@ -186,8 +187,11 @@ PreparedCase prepare(const DecodeShape& shape, const Options& options) {
     caches->emplace_back(shape, 100 * static_cast<std::uint64_t>(i));
   }
   const auto attention = msa::plan(caches->front().attention(), options);
+  // Screening stands below the row that reads every key: it has to be asked for.
+  Options index_options = options;
+  if (shape.codes && options.backend == nullptr) index_options.backend = kScreened;
   const auto indexer =
-      shape.attention_only ? Plan<Indexer>{} : msa::plan(caches->front().indexer(), options);
+      shape.attention_only ? Plan<Indexer>{} : msa::plan(caches->front().indexer(), index_options);
   const std::size_t index_bytes = shape.attention_only ? 0 : indexer.workspace_bytes();
   const auto workspace =
       std::make_shared<DeviceMemory>(std::max(index_bytes, attention.workspace_bytes()));

@@ -7,6 +7,7 @@
 
 namespace msa::cuda::sm90 {
 extern const msa::detail::Implementation<IndexerScores> kIndexerScores;
+extern const msa::detail::Implementation<Indexer> kIndexerDecodeScreened;
 extern const msa::detail::Implementation<Indexer> kIndexerDecode;
 extern const msa::detail::Implementation<Indexer> kIndexer;
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionDecode;

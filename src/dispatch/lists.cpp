@@ -28,9 +28,13 @@ constexpr List<SelectTopK> kSelectTopK[] = {
     &cpu::kSelectTopK, &reference::kSelectTopK};
 constexpr List<Indexer> kIndexer[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kIndexerDecode, &cuda::sm90::kIndexer, &cuda::generic::kIndexer,
+    &cuda::sm90::kIndexerDecode,
+    &cuda::sm90::kIndexerDecodeScreened,
+    &cuda::sm90::kIndexer,
+    &cuda::generic::kIndexer,
 #endif
-    &cpu::kIndexer, &reference::kIndexer};
+    &cpu::kIndexer,
+    &reference::kIndexer};
 constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::sm90::kSparseAttentionDecode,

@@ -51,6 +51,10 @@ bool must_take(const std::string& backend, const std::string& operation, const C
   }
   if (backend == "cuda_generic") return true;
   if (backend == "cuda_sm90_kv_outer" && spec.fp8 != Fp8::none) return false;
+  if (backend == "cuda_sm90_decode_screened") {
+    return operation == "Indexer" && spec.index_codes && p.index_dim == 128 &&
+           p.block_size == 128 && few_queries(spec) && spec.fp8 == Fp8::none;
+  }
   if (backend == "cuda_sm90_decode") {
     if (operation == "SparseAttentionForward") {
       const bool dim = p.head_dim == 128 || spec.fp8 == Fp8::none;
@@ -137,8 +141,8 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
     Totals::get().add(backend, operation, spec, outcome);
     EXPECT_TRUE(outcome.ok()) << backend << ' ' << operation << ": " << outcome.detail;
   };
-  for (const std::string backend :
-       {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer", "cuda_sm90_decode"}) {
+  for (const std::string backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer",
+                                    "cuda_sm90_decode", "cuda_sm90_decode_screened"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
     const bool gradients = operations == Operations::all || operations == Operations::backward;
     for (const bool warm_up : {false, true}) {

@@ -223,7 +223,7 @@ void Inputs::make_index_codes() {
   if (!spec.index_codes) return;
   const std::int64_t block_size = spec.problem.block_size;
   const std::int64_t dim = spec.problem.index_dim;
-  index_k_codes = GuardedTensor(DType::i8, {num_pages_, 1, block_size, dim}, spec.row_gap,
+  index_k_codes = GuardedTensor(DType::i8, {num_pages_, 1, block_size, dim}, gap_of(DType::i8),
                                 GuardedTensor::kPoison);
   index_k_scales = GuardedTensor(DType::bf16, {num_pages_, 1, block_size, 2}, spec.row_gap,
                                  GuardedTensor::kPoison);

@@ -82,8 +82,8 @@ class Inputs {
   bool is_large() const;
   GuardedTensor filled(DType dtype, const std::vector<std::int64_t>& shape, double scale = 1.0);
   DType key_dtype() const { return spec.fp8 == Fp8::none ? spec.dtype : DType::e4m3; }
-  /// Elements behind each row: as many bytes in e4m3 as in 16 bits.
-  int gap_of(DType dtype) const { return dtype == DType::e4m3 ? 2 * spec.row_gap : spec.row_gap; }
+  /// Elements behind each row: as many bytes in 8 bits an element as in 16.
+  int gap_of(DType dtype) const { return size_of(dtype) == 1 ? 2 * spec.row_gap : spec.row_gap; }
   GuardedTensor keys_tensor(std::int64_t heads, std::int64_t dim, double scale);
   double coarse_scale() const;
   double value(double scale);

@@ -7,6 +7,7 @@
 #include "cuda/common/support.hpp"
 #include "cuda/cuda.hpp"
 #include "cuda/sm90/indexer_decode.hpp"
+#include "cuda/sm90/indexer_screen.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
@@ -76,18 +77,14 @@ float* lay_out(const Indexer& args, core::WorkspaceLayout& layout) {
   return layout.take<float>(args.problem.num_kv_heads * args.index_q.shape[0] * num_columns(args));
 }
 
-void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
+DecodeScoreParams score_params(const Indexer& args, float* scores) {
   const std::int64_t total_q = args.index_q.shape[0];
-  if (total_q == 0) return;
-  core::WorkspaceLayout layout(workspace.data());
-  float* const scores = lay_out(args, layout);
   const Problem& p = args.problem;
   const auto size = static_cast<std::int64_t>(size_of(args.index_k.dtype));
   const bool paged = core::is_paged(args.batch);
   const std::int64_t rows = query_tokens(args) * p.num_kv_heads;
-  const DeviceBatch batch = make_device_batch(args);
-  const DecodeScoreParams params{
-      .batch = batch,
+  return {
+      .batch = make_device_batch(args),
       .index_q = static_cast<const std::byte*>(args.index_q.data),
       .query_stride = args.index_q.stride[0] * size,
       .query_head_stride = args.index_q.stride[1] * size,
@@ -100,7 +97,29 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
       .num_columns = num_columns(args),
       .heads = p.num_kv_heads,
       .pass_rows = static_cast<int>(std::clamp<std::int64_t>(round_up(rows, 8), 8, kDecodeRows))};
-  const int grid = ctas_per_sm(args) * num_sms(args.index_q.device.index);
+}
+
+DecodeSelectParams select_params(const Indexer& args, const DecodeScoreParams& params) {
+  return {.batch = params.batch,
+          .scores = params.scores,
+          .head_stride = params.head_stride,
+          .row_stride = params.row_stride,
+          .ids = static_cast<std::int32_t*>(args.block_ids.data),
+          .id_head_stride = args.block_ids.stride[0],
+          .id_row_stride = args.block_ids.stride[1],
+          .top_k = args.problem.top_k,
+          .num_init_blocks = args.problem.num_init_blocks,
+          .num_local_blocks = args.problem.num_local_blocks};
+}
+
+int grid_of(const Indexer& args) { return ctas_per_sm(args) * num_sms(args.index_q.device.index); }
+
+void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
+  if (args.index_q.shape[0] == 0) return;
+  core::WorkspaceLayout layout(workspace.data());
+  const DecodeScoreParams params = score_params(args, lay_out(args, layout));
+  const Problem& p = args.problem;
+  const int grid = grid_of(args);
   switch (args.index_k.dtype) {
     case DType::bf16:
       run_decode_scores_bf16(params, p.index_dim, grid, stream_of(stream));
@@ -111,17 +130,62 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
     default:
       run_decode_scores_e4m3(params, p.index_dim, grid, stream_of(stream));
   }
-  run_decode_select({.batch = batch,
-                     .scores = scores,
-                     .head_stride = params.head_stride,
-                     .row_stride = params.row_stride,
-                     .ids = static_cast<std::int32_t*>(args.block_ids.data),
-                     .id_head_stride = args.block_ids.stride[0],
-                     .id_row_stride = args.block_ids.stride[1],
-                     .top_k = p.top_k,
-                     .num_init_blocks = p.num_init_blocks,
-                     .num_local_blocks = p.num_local_blocks},
-                    p.num_kv_heads, stream_of(stream));
+  run_decode_select(select_params(args, params), p.num_kv_heads, stream_of(stream));
+}
+
+constexpr const char* kScreenName = "cuda_sm90_decode_screened";
+// Two more kernels take as long as the bytes saved on fewer keys.
+constexpr std::int64_t kLeastScreenedKeys = 256 * 1024;
+
+std::optional<std::string> declines_screen(const Indexer& args, const Options& options) {
+  if (!args.index_k_codes.given()) return "there are no index_k_codes";
+  if (auto reason = declines(args, options)) return reason;
+  if (args.index_k.dtype == DType::e4m3) return "index_k is e4m3, as small as its codes";
+  if (args.problem.index_dim != 128) {
+    return core::concat("index_dim is ", args.problem.index_dim, ", not 128");
+  }
+  if (auto reason = declines_tma("index_k_codes", args.index_k_codes)) return reason;
+  const std::int64_t keys = core::batch_size(args.batch) * core::max_seq_len_k(args);
+  const bool asked = options.backend != nullptr && std::string_view(options.backend) == kScreenName;
+  const auto& scales = args.index_k_scales;
+  if (reinterpret_cast<std::uintptr_t>(scales.data) % 4 != 0 || scales.stride[0] % 2 != 0 ||
+      scales.stride[2] % 2 != 0) {
+    return "index_k_scales are not pairs at multiples of 4 bytes";
+  }
+  if (!asked && keys < kLeastScreenedKeys) {
+    return core::concat("there are up to ", keys, " keys, fewer than ", kLeastScreenedKeys);
+  }
+  return std::nullopt;
+}
+
+ScreenParams lay_out_screen(const Indexer& args, core::WorkspaceLayout& layout) {
+  const std::int64_t batch_size = core::batch_size(args.batch);
+  ScreenParams params{};
+  params.exact = score_params(args, lay_out(args, layout));
+  params.upper = lay_out(args, layout);
+  params.codes = static_cast<const std::byte*>(args.index_k_codes.data);
+  params.codes_page_stride = args.index_k_codes.stride[0];
+  params.codes_token_stride = args.index_k_codes.stride[2];
+  params.scales = static_cast<const std::byte*>(args.index_k_scales.data);
+  params.scales_page_stride = args.index_k_scales.stride[0] * 2;
+  params.scales_token_stride = args.index_k_scales.stride[2] * 2;
+  params.seen_words = ceil_div(num_columns(args), 32);
+  params.seen = layout.take<std::uint32_t>(batch_size * params.seen_words);
+  params.survivors = layout.take<Survivor>(batch_size * num_columns(args));
+  params.num_survivors = layout.take<int>(1);
+  return params;
+}
+
+void run_screened(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
+  if (args.index_q.shape[0] == 0) return;
+  core::WorkspaceLayout layout(workspace.data());
+  const ScreenParams params = lay_out_screen(args, layout);
+  const DecodeSelectParams selection = select_params(args, params.exact);
+  const int heads = args.problem.num_kv_heads;
+  run_screen(params, args.index_k.dtype, grid_of(args), stream_of(stream));
+  run_screen_survivors(params, selection, heads, stream_of(stream));
+  run_rescore(params, args.index_k.dtype, grid_of(args), stream_of(stream));
+  run_decode_select(selection, heads, stream_of(stream));
 }
 
 }  // namespace
@@ -144,5 +208,16 @@ const msa::detail::Implementation<Indexer> kIndexerDecode = {
       return layout.bytes();
     },
     .run = run};
+
+const msa::detail::Implementation<Indexer> kIndexerDecodeScreened = {
+    .name = kScreenName,
+    .dtypes = "f16 bf16",
+    .declines = declines_screen,
+    .workspace_bytes = [](const Indexer& args) -> std::size_t {
+      core::WorkspaceLayout layout;
+      lay_out_screen(args, layout);
+      return layout.bytes();
+    },
+    .run = run_screened};
 
 }  // namespace msa::cuda::sm90

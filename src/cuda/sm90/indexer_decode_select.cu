@@ -12,6 +12,7 @@
 #include "cuda/common/ptx/barrier.cuh"
 #include "cuda/common/support.hpp"
 #include "cuda/sm90/indexer_decode.hpp"
+#include "cuda/sm90/indexer_screen.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
@@ -121,6 +122,55 @@ __device__ void select(const float* scores, int first, int last, int wanted, Sha
   }
 }
 
+/// Which blocks of a row are forced and which compete.
+struct RowRange {
+  int batch_idx, num_visible, num_local;
+  int first, last;  ///< compete by score
+  int wanted;       ///< of those
+};
+
+__device__ __forceinline__ RowRange range_of(const DecodeSelectParams& params, std::int64_t row) {
+  const DeviceSequence sequence = sequence_of_query(params.batch, row);
+  const std::int64_t position = sequence.position(row - sequence.q_begin);
+  RowRange range{};
+  range.batch_idx = static_cast<int>(sequence.batch_idx);
+  range.num_visible = position < 0 || sequence.k_len == 0
+                          ? 0
+                          : static_cast<int>(min(position, sequence.k_len - 1) / kDecodeBlock) + 1;
+  range.num_local = min(params.num_local_blocks, range.num_visible);
+  range.first = min(params.num_init_blocks, range.num_visible - range.num_local);
+  range.last = range.num_visible - range.num_local - 1;
+  range.wanted = params.top_k - range.num_local - range.first;
+  return range;
+}
+
+/// A row's survivors: blocks whose upper bound reaches the `wanted`-th largest lower bound.
+__global__ void __launch_bounds__(kThreads)
+    screen_survivors_kernel(const __grid_constant__ ScreenParams params,
+                            const __grid_constant__ DecodeSelectParams selection) {
+  __shared__ Shared shared;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t row = blockIdx.x;
+  ptx::let_dependents_start();
+  ptx::wait_for_dependencies();
+  const RowRange range = range_of(selection, row);
+  if (range.num_visible <= selection.top_k || range.wanted <= 0) return;
+  const std::int64_t offset = blockIdx.y * selection.head_stride + row * selection.row_stride;
+  float* const scores = params.exact.scores + offset;
+  const float* const upper = params.upper + offset;
+  select(scores, range.first, range.last, range.wanted, shared);
+  const float least = scores[block_of(shared.best[range.wanted - 1])];
+  __syncthreads();  // everyone has it before scores change
+  for (int block = range.first + thread; block <= range.last; block += kThreads) {
+    scores[block] = -INFINITY;
+    if (upper[block] < least) continue;
+    const std::uint32_t bit = 1u << (block % 32);
+    std::uint32_t* const word = params.seen + range.batch_idx * params.seen_words + block / 32;
+    if ((atomicOr(word, bit) & bit) != 0) continue;
+    params.survivors[atomicAdd(params.num_survivors, 1)] = {range.batch_idx, block};
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     decode_select_kernel(const __grid_constant__ DecodeSelectParams params) {
   __shared__ Shared shared;
@@ -129,17 +179,8 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t head = blockIdx.y;
   ptx::let_dependents_start();
   ptx::wait_for_dependencies();
-  const DeviceSequence sequence = sequence_of_query(params.batch, row);
-  const std::int64_t position = sequence.position(row - sequence.q_begin);
+  const auto [batch_idx, num_visible, num_local, first, last, wanted] = range_of(params, row);
   std::int32_t* const ids = params.ids + head * params.id_head_stride + row * params.id_row_stride;
-  const int num_visible =
-      position < 0 || sequence.k_len == 0
-          ? 0
-          : static_cast<int>(min(position, sequence.k_len - 1) / kDecodeBlock) + 1;
-  const int num_local = min(params.num_local_blocks, num_visible);
-  const int first = min(params.num_init_blocks, num_visible - num_local);
-  const int last = num_visible - num_local - 1;  // first..last compete by score
-  const int wanted = params.top_k - num_local - first;
   if (num_visible <= params.top_k) {
     if (thread < params.top_k) ids[thread] = thread < num_visible ? thread : -1;
     return;
@@ -166,6 +207,15 @@ void run_decode_select(const DecodeSelectParams& params, int heads, cudaStream_t
           .threads = kThreads,
           .dependent = true},
          stream, params);
+}
+
+void run_screen_survivors(const ScreenParams& params, const DecodeSelectParams& select, int heads,
+                          cudaStream_t stream) {
+  launch(screen_survivors_kernel,
+         {.grid = dim3(static_cast<unsigned>(select.batch.total_q), static_cast<unsigned>(heads)),
+          .threads = kThreads,
+          .dependent = true},
+         stream, params, select);
 }
 
 }  // namespace msa::cuda::sm90

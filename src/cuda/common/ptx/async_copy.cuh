@@ -14,6 +14,12 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t to, const void* from,
                "r"(valid_bytes)
                : "memory");
 }
+/// 4 bytes, through the L1 cache; reads 0 or 4 as above.
+__device__ __forceinline__ void cp_async_4(std::uint32_t to, const void* from,
+                                           std::uint32_t valid_bytes = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid_bytes)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
