@@ -83,10 +83,10 @@ class Sequence {
             .index_q = index_q_.view(),
             .index_k = index_k_.view(),
             .block_ids = block_ids_.view(),
-            .lse = lse_.view(),
             .loss = loss_.view(),
             .dindex_q = dindex_q_.view(),
-            .dindex_k = dindex_k_.view()};
+            .dindex_k = dindex_k_.view(),
+            .lse = lse_.view()};
   }
 
   SelectionFacts selection() const { return facts_of(block_ids_, kM3, num_tokens_); }
