@@ -85,7 +85,8 @@ class Sequence {
             .block_ids = block_ids_.view(),
             .loss = loss_.view(),
             .dindex_q = dindex_q_.view(),
-            .dindex_k = dindex_k_.view()};
+            .dindex_k = dindex_k_.view(),
+            .lse = lse_.view()};
   }
 
   SelectionFacts selection() const { return facts_of(block_ids_, kM3, num_tokens_); }
@@ -110,7 +111,8 @@ class Sequence {
     return total(step.forward, {&q_, &k_, &v_, &block_ids_, &out_, &lse_}) +
            total(step.backward,
                  {&q_, &k_, &v_, &block_ids_, &out_, &lse_, &dout_, &dq_, &dk_, &dv_}) +
-           total(step.kl, {&q_, &k_, &index_q_, &index_k_, &block_ids_, &dindex_q_, &dindex_k_});
+           total(step.kl,
+                 {&q_, &k_, &index_q_, &index_k_, &block_ids_, &lse_, &dindex_q_, &dindex_k_});
   }
 
  private:

@@ -302,56 +302,66 @@ std::vector<Case> gradient_cases() {
   const Problem two_parts{.num_q_heads = 24, .num_kv_heads = 1, .head_dim = 64, .index_dim = 64};
   Problem wide = shape(2, 256, 64, 3);
   wide.index_dim = 128;
+  const auto one_head = [](int dim, int block_size) {
+    return Problem{.num_q_heads = 1,
+                   .num_kv_heads = 1,
+                   .head_dim = dim,
+                   .index_dim = dim,
+                   .block_size = block_size,
+                   .top_k = 4};
+  };
   const std::vector<Case> geometries = {
       {.name = "gradients_m3",
        .problem = m3(32, 2),
-       .sequences = {{150, 150}, {0, 0}, {5, 300}, {0, 40}, {1, 1}}},
+       .sequences = {{131, 131}, {0, 0}, {3, 300}, {0, 40}, {1, 1}}},
       {.name = "gradients_m3_any_order",
        .problem = m3(16, 1),
-       .sequences = {{131, 390}, {40, 20}},
+       .sequences = {{70, 300}, {40, 20}},
        .selection = Selection::any_order},
       {.name = "gradients_m3_nans",
        .problem = m3(16, 1),
-       .sequences = {{70, 300}, {33, 33}},
+       .sequences = {{40, 300}, {33, 33}},
        .values = Values::nans,
        .selection = Selection::any_order},
       {.name = "gradients_m3_infinities",
        .problem = m3(16, 1),
-       .sequences = {{33, 33}, {70, 300}},
+       .sequences = {{33, 33}, {40, 300}},
        .values = Values::infinities},
       {.name = "gradients_m3_large",
        .problem = m3(16, 1),
-       .sequences = {{60, 260}},
+       .sequences = {{40, 260}},
        .values = Values::large},
       {.name = "gradients_scattered",
-       .problem = shape(8, 128, 128, 4),
-       .sequences = {{90, 800}},
+       .problem = shape(4, 128, 128, 4),
+       .sequences = {{50, 600}},
        .selection = Selection::scattered},
       {.name = "gradients_group_24", .problem = two_parts, .sequences = {{30, 290}, {17, 17}}},
       {.name = "gradients_dim_256", .problem = wide, .sequences = {{40, 333}}},
       {.name = "gradients_block_256",
        .problem = shape(4, 64, 256, 2),
-       .sequences = {{30, 700}, {300, 300}}},
+       .sequences = {{20, 600}, {280, 280}}},
       {.name = "gradients_group_2",
        .problem = shape(2, 128, 128, 3),
        .sequences = {{70, 450}, {0, 10}, {140, 140}}},
       {.name = "gradients_group_4", .problem = shape(4, 64, 128, 3), .sequences = {{77, 500}}},
       {.name = "gradients_pieces",
-       .problem = shape(1, 64, 128, 4),
-       .sequences = {{1000, 1000}, {3, 3}},
+       .problem = one_head(64, 128),
+       .sequences = {{1300, 1300}, {3, 3}},
        .selection = Selection::any_order},
       {.name = "gradients_pieces_nans",
-       .problem = shape(1, 128, 128, 4),
+       .problem = one_head(128, 128),
        .sequences = {{700, 700}},
        .values = Values::nans},
       {.name = "gradients_many_queries",
-       .problem = shape(1, 64, 64, 4),
-       .sequences = {{1000, 1000}, {3, 3}},
+       .problem = one_head(64, 64),
+       .sequences = {{1100, 1100}, {3, 3}},
        .selection = Selection::any_order}};
   std::vector<Case> cases;
   std::uint32_t seed = 500;
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
     for (Case spec : geometries) {
+      // Others than bf16 differ in conversions, or in a kernel that cares for no shape.
+      if (dtype != DType::bf16 && seed++ % 3 != 0) continue;
       spec.dtype = dtype;
       spec.name = core::concat(spec.name, "_", msa::name_of(dtype));
       spec.row_gap = kAlignedGap;
