@@ -2,13 +2,14 @@
 //
 // IndexerKlBackward beyond the table of all operations: with the teacher's lse where the table has
 // none and the other way round, single outputs, windows of queries that don't hold all of them.
+#include "cuda/common/indexer_kl.hpp"
+
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <limits>
 
 #include "core/scalar.hpp"
-#include "cuda/generic/indexer_kl_bwd.hpp"
 #include "reference/reference.hpp"
 #include "tests/support/device.hpp"
 #include "tests/support/gradient_bounds.hpp"
@@ -173,15 +174,15 @@ TEST(GpuIndexerKlWindows, AreSeenInRoundingOnly) {
       return outputs_of(
           inputs, [](IndexerKlBackward&) {},
           [&](const IndexerKlBackward& args, const DeviceStream& stream) {
-            const std::size_t size = cuda::generic::indexer_kl_workspace_bytes(args, bytes);
+            const std::size_t size = cuda::indexer_kl_workspace_bytes(args, bytes);
             const DeviceBuffer workspace(size);
             workspace.fill(std::byte{0xff});
-            cuda::generic::run_indexer_kl(args, bytes, cuda::generic::kGenericKlScoreGradients,
-                                          workspace.span(), stream.stream());
+            cuda::run_indexer_kl(args, bytes, cuda::kKlScoreGradients, workspace.span(),
+                                 stream.stream());
             stream.wait();
           });
     };
-    const auto whole = with_window(cuda::generic::kKlWindowBytes);
+    const auto whole = with_window(cuda::kKlWindowBytes);
     const auto cut = with_window(1);  // 16 queries at a time
     EXPECT_EQ(cut[0], whole[0]);
     EXPECT_EQ(cut[1], whole[1]);

@@ -6,6 +6,7 @@
 // 16 heads each, then one of all 64 with the index keys. Two CTAs share an SM, so that one
 // multiplies while the other adds up. See docs/kernels/kl.md.
 #include "cuda/common/indexer_kl.cuh"
+#include "cuda/common/indexer_kl.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/barrier.cuh"
 #include "cuda/common/ptx/tma.cuh"
@@ -14,7 +15,6 @@
 #include "cuda/common/swizzle.cuh"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/cuda.hpp"
-#include "cuda/generic/indexer_kl_bwd.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
@@ -291,7 +291,7 @@ std::optional<std::string> declines(const IndexerKlBackward& args, const Options
   if (auto reason = declines_tma("k", args.k)) return reason;
   if (auto reason = declines_tma("index_q", args.index_q)) return reason;
   if (auto reason = declines_tma("index_k", args.index_k)) return reason;
-  return generic::declines_indexer_kl(args, options);
+  return declines_indexer_kl(args, options);
 }
 
 void run(const IndexerKlBackward& args, std::span<std::byte> workspace, Stream stream) {
@@ -301,8 +301,7 @@ void run(const IndexerKlBackward& args, std::span<std::byte> workspace, Stream s
     maps = {make_q_map(args.q), make_k_map(args.k), make_index_q_map(args.index_q),
             make_k_map(args.index_k)};
   }
-  generic::run_indexer_kl(args, generic::kKlWindowBytes, {launch_score_gradients, &maps}, workspace,
-                          stream);
+  run_indexer_kl(args, kKlWindowBytes, {launch_score_gradients, &maps}, workspace, stream);
 }
 
 }  // namespace
@@ -312,7 +311,7 @@ const ::msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward = {
     .dtypes = "f16 bf16",
     .declines = declines,
     .workspace_bytes = [](const IndexerKlBackward& args) -> std::size_t {
-      return generic::indexer_kl_workspace_bytes(args, generic::kKlWindowBytes);
+      return indexer_kl_workspace_bytes(args, kKlWindowBytes);
     },
     .run = run};
 

@@ -7,11 +7,11 @@
 #include <type_traits>
 
 #include "cuda/common/indexer_kl.cuh"
+#include "cuda/common/indexer_kl.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
-#include "cuda/generic/indexer_kl_bwd.hpp"
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 namespace {
 
 using namespace kl;
@@ -281,4 +281,4 @@ void launch_kl_index_gradients(const kl::Params& g, DType dtype, cudaStream_t st
   });
 }
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda

@@ -4,11 +4,11 @@
 // takes 16 queries at a time: the teacher's scores query by query with 16 heads as the rows of its
 // products, the student's with the 16 queries as rows.
 #include "cuda/common/indexer_kl.cuh"
+#include "cuda/common/indexer_kl.hpp"
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/math.cuh"
-#include "cuda/generic/indexer_kl_bwd.hpp"
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 namespace {
 
 using namespace kl;
@@ -274,4 +274,4 @@ void launch_kl_score_gradients(const kl::Params& g, DType dtype, cudaStream_t st
   });
 }
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda

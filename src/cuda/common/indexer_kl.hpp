@@ -19,7 +19,7 @@ namespace msa::cuda::kl {
 struct Params;
 }
 
-namespace msa::cuda::generic {
+namespace msa::cuda {
 
 /// dtype is that of q, k, index_q and index_k. Statistics of the scores of each pair; dS and the
 /// loss of each; from dS, dindex_q of each pair and the window's share of dindex_k.
@@ -32,7 +32,7 @@ struct KlScoreGradients {
   void (*launch)(const void* context, const kl::Params& g, DType dtype, cudaStream_t stream);
   const void* context;
 };
-inline constexpr KlScoreGradients kGenericKlScoreGradients = {
+inline constexpr KlScoreGradients kKlScoreGradients = {
     [](const void*, const kl::Params& g, DType dtype, cudaStream_t stream) {
       launch_kl_score_gradients(g, dtype, stream);
     },
@@ -47,4 +47,4 @@ void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
                     const KlScoreGradients& score_gradients, std::span<std::byte> workspace,
                     Stream stream);
 
-}  // namespace msa::cuda::generic
+}  // namespace msa::cuda
