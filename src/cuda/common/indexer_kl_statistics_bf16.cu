@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/common/indexer_kl_scores.cuh"
+
+namespace msa::cuda::kl::scores {
+
+void launch_statistics_bf16(const Params& g, cudaStream_t stream) {
+  launch_statistics<__nv_bfloat16>(g, stream);
+}
+
+}  // namespace msa::cuda::kl::scores
