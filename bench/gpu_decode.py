@@ -10,14 +10,7 @@ and `note` says why. Dense attention and a second copy ceiling need torch with C
 About one minute; --filter, --skip and --seconds as in msa_bench_cuda.
 """
 
-import argparse
-import datetime
-import json
-import pathlib
-import tempfile
-import time
-
-from gpu_prefill import DIM, HEADS, KV_HEADS, RESULTS, ROOT, Timer, git_commit, origin, row, run_binary
+from gpu_run import DIM, HEADS, KV_HEADS, TorchRows, add_note, copy_ceiling, make_parser, origin, record, row
 
 # Key of decode_summary.json without "_us", its target, and the requests and tokens of each.
 STEPS = (
@@ -42,11 +35,8 @@ def measure_torch(torch):
     """The copy, and dense attention of one query token per request; the faster of torch's backends."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    timer = Timer(torch)
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    rows = [row("torch.copy", timer.milliseconds(lambda: b.copy_(a), 20, 3), moved_bytes=2.0 * a.numel())]
-    del a, b
+    rows = TorchRows(torch)
+    rows.add_copy()
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def dense(name, batch, length):
@@ -69,7 +59,7 @@ def measure_torch(torch):
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         attend_to_all()
-                    times = [t / len(caches) for t in timer.milliseconds(graph.replay, 11, 2)]
+                    times = [t / len(caches) for t in rows.timer.milliseconds(graph.replay, 11, 2)]
             except RuntimeError as error:
                 best["note"] += f"{backend.name}: {str(error).splitlines()[0]}. "
                 continue
@@ -82,13 +72,8 @@ def measure_torch(torch):
     for name, _, batch, length in STEPS:
         if name.endswith(".screened"):
             continue
-        try:
-            rows.append(dense(name, batch, length))
-        except torch.cuda.OutOfMemoryError as error:
-            rows.append({"case": f"dense.{name}", "time_ms": None, "note": str(error).splitlines()[0]})
-        torch.cuda.empty_cache()
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        rows.add(f"dense.{name}", lambda: dense(name, batch, length))
+    return rows.rows
 
 
 def summary_of(report):
@@ -106,9 +91,7 @@ def summary_of(report):
         return factor * entry[field]
 
     summary = {f"{name}_us": take(f"{name}_us", f"decode.{name}", factor=1e3) for name, *_ in STEPS}
-    copies = [entry["tbytes_per_s"] for entry in report["rows"]
-              if entry["case"] == "torch.copy" and entry.get("time_ms")]
-    copy = max([report["ceilings"]["copy_tbytes_per_s"], *copies])
+    copy = copy_ceiling(report)
     summary["copy_tbytes_per_s"] = copy
     summary[FP8_KEY] = take(FP8_KEY, "decode.b64.attention.fp8_kv", "tbytes_per_s", 1.0 / copy)
     one, four = (take(MTP_KEY, f"decode.b8.128k{suffix}") for suffix in ("", ".mtp4"))
@@ -117,8 +100,7 @@ def summary_of(report):
         if not name.endswith(".screened"):
             summary[f"dense.{name}_us"] = take(f"dense.{name}_us", f"dense.{name}", factor=1e3)
     summary.update({key: report[key] for key in ("commit", "date", "device")})
-    if missing or report.get("note"):
-        summary["note"] = "; ".join(([report["note"]] if report.get("note") else []) + missing)
+    add_note(summary, report, missing)
     return summary
 
 
@@ -166,42 +148,7 @@ def rows_table(report, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", default=str(ROOT / "build/cuda/bench/cuda/msa_bench_cuda"))
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--commit", default=None, help="of the binary, where this is no git checkout")
-    parser.add_argument("--filter", default="decode.")
-    parser.add_argument("--skip", default="")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--skip-dense", action="store_true")
-    arguments = parser.parse_args()
-
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run_binary(arguments, folder, [])
-    report["commit"] = arguments.commit or git_commit()
-    report["date"] = datetime.date.today().isoformat()
-
-    def write():
-        report["seconds"] = round(time.monotonic() - begin, 1)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path = arguments.out / f"decode-{report['date']}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        summary = summary_of(report)
-        (arguments.out / "decode_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        return summary
-
-    write()  # a run that is cut short later keeps this
-    if not arguments.skip_dense:
-        try:
-            import torch
-        except ImportError as error:
-            report["note"] = f"no torch: {error}"
-        else:
-            report["torch"] = torch.__version__
-            report["rows"] += measure_torch(torch)
-    print(json.dumps(write(), indent=1))
-    print(f"{report['seconds']} s")
+    record("decode", make_parser(__doc__, "decode.", 120.0).parse_args(), summary_of, measure_torch)
 
 
 if __name__ == "__main__":

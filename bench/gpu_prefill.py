@@ -15,20 +15,7 @@ because the chip slows down with long runs. About seven minutes; options to shor
     --seconds N     no case of ours begins after N seconds (default 240)
 """
 
-import argparse
-import datetime
-import json
-import pathlib
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "h100"
-LENGTHS = {"8k": 8192, "32k": 32768, "128k": 131072, "1m": 1048576}
-HEADS, KV_HEADS, DIM = 64, 4, 128
+from gpu_run import DIM, HEADS, KV_HEADS, LENGTHS, TorchRows, add_note, copy_ceiling, make_parser, origin, record, row
 
 # Key of prefill_summary.json -> case of msa_bench_cuda and its field.
 FROM_ROWS = {
@@ -63,80 +50,11 @@ TARGETS = (
 )
 
 
-def run_binary(arguments, folder, skip):
-    """The report of msa_bench_cuda; `skip` has texts of cases that are left out besides --skip."""
-    path = pathlib.Path(folder) / "rows.json"
-    command = [arguments.binary, "--json", str(path), "--seconds", str(arguments.seconds)]
-    if arguments.filter:
-        command += ["--filter", arguments.filter]
-    skipped = [text for text in (arguments.skip, *skip) if text]
-    if skipped:
-        command += ["--skip", ",".join(skipped)]
-    status = subprocess.run(command).returncode
-    if not path.exists():
-        sys.exit(f"{arguments.binary} wrote no rows (exit status {status})")
-    report = json.loads(path.read_text())
-    if status != 0:
-        report["note"] = f"msa_bench_cuda ended with exit status {status}"
-    return report
-
-
-class Timer:
-    """Times between events, each call after a write of 256 MiB that empties the L2 cache."""
-
-    def __init__(self, torch):
-        self.torch = torch
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def milliseconds(self, call, runs, warm_up):
-        times = []
-        for i in range(warm_up + runs):
-            begin = self.torch.cuda.Event(enable_timing=True)
-            end = self.torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
-            begin.record()
-            call()
-            end.record()
-            self.torch.cuda.synchronize()
-            if i >= warm_up:
-                times.append(begin.elapsed_time(end))
-        return times
-
-
-def row(case, times, work_flops=0.0, moved_bytes=0.0, **more):
-    median = statistics.median(times)
-    return {"case": case, "time_ms": median, "min_ms": min(times), "max_ms": max(times),
-            "num_runs": len(times), "tflops": work_flops / median * 1e-9,
-            "tbytes_per_s": moved_bytes / median * 1e-9, **more}
-
-
 def measure_torch(torch, skip_1m):
     """GEMM, copy and dense rows; a row that fails has time_ms None and a note."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    timer = Timer(torch)
-    rows = []
-
-    def guarded(case, measure):
-        try:
-            rows.append(measure())
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            rows.append({"case": case, "time_ms": None, "note": str(error).splitlines()[0]})
-        torch.cuda.empty_cache()
-        print(json.dumps(rows[-1]), flush=True)
-
-    def gemm():
-        n = 8192
-        a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        out = torch.empty(n, n, device="cuda", dtype=torch.bfloat16)
-        return row("torch.gemm.8192", timer.milliseconds(lambda: torch.matmul(a, b, out=out), 20, 5),
-                   work_flops=2.0 * n**3)
-
-    def copy():
-        a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        b = torch.empty_like(a)
-        return row("torch.copy", timer.milliseconds(lambda: b.copy_(a), 20, 3),
-                   moved_bytes=2.0 * a.numel())
+    rows = TorchRows(torch)
 
     def dense(name, length, runs, warm_up):
         def measure():
@@ -145,21 +63,21 @@ def measure_torch(torch, skip_1m):
                     for _ in range(2))
             attend = torch.nn.functional.scaled_dot_product_attention
             with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                times = timer.milliseconds(
+                times = rows.timer.milliseconds(
                     lambda: attend(q, k, v, is_causal=True, enable_gqa=True), runs, warm_up)
             note = {} if warm_up else {"note": "the only call, with cuDNN's planning"}
             return row(f"dense.{name}", times, work_flops=4.0 * DIM * HEADS * length * (length + 1) / 2,
                        **note)
-        guarded(f"dense.{name}", measure)
+        rows.add(f"dense.{name}", measure)
 
-    guarded("torch.gemm.8192", gemm)
-    guarded("torch.copy", copy)
+    rows.add_gemm()
+    rows.add_copy()
     dense("8k", LENGTHS["8k"], 20, 3)
     dense("32k", LENGTHS["32k"], 7, 2)
     dense("128k", LENGTHS["128k"], 5, 1)
     if not skip_1m:
         dense("1m", LENGTHS["1m"], 1, 0)
-    return rows
+    return rows.rows
 
 
 def summary_of(report):
@@ -177,19 +95,11 @@ def summary_of(report):
     for name in LENGTHS:
         values[f"dense.{name}_ms"] = take(f"dense.{name}_ms", f"dense.{name}", "time_ms")
     values["gemm_tflops"] = take("gemm_tflops", "torch.gemm.8192", "tflops")
-    # The runtime's own copy where torch is not there.
-    copies = [entry["tbytes_per_s"] for entry in report["rows"]
-              if entry["case"] == "torch.copy" and entry.get("time_ms")]
-    values["copy_tbytes_per_s"] = max([report["ceilings"]["copy_tbytes_per_s"], *copies])
+    values["copy_tbytes_per_s"] = copy_ceiling(report)
     values.update({key: report[key] for key in ("commit", "date", "device")})
     summary = {key: values[key] for key in KEYS}
-    if missing or report.get("note"):
-        summary["note"] = "; ".join(([report["note"]] if report.get("note") else []) + missing)
+    add_note(summary, report, missing)
     return summary
-
-
-def origin(report):
-    return f"{report['device']}, {report['date']}, commit `{report['commit'][:12]}`."
 
 
 def targets_table(report, path):
@@ -240,44 +150,12 @@ def rows_table(report, path):
             f"{ceilings['copy_tbytes_per_s']:.2f} TB/s. {origin(report)} Data: `{path}`.")
 
 
-def git_commit():
-    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", default=str(ROOT / "build/cuda/bench/cuda/msa_bench_cuda"))
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--commit", default=None, help="of the binary, where this is no git checkout")
-    parser.add_argument("--filter", default="")
-    parser.add_argument("--skip", default="")
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser = make_parser(__doc__, "", 240.0)
     parser.add_argument("--skip-1m", action="store_true")
-    parser.add_argument("--skip-dense", action="store_true")
     arguments = parser.parse_args()
-
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run_binary(arguments, folder, ["decode.", "train.", "1m" if arguments.skip_1m else ""])
-    report["commit"] = arguments.commit or git_commit()
-    report["date"] = datetime.date.today().isoformat()
-    if not arguments.skip_dense:
-        try:
-            import torch
-        except ImportError as error:
-            report["note"] = f"no torch: {error}"
-        else:
-            report["torch"] = torch.__version__
-            report["rows"] += measure_torch(torch, arguments.skip_1m)
-    report["seconds"] = round(time.monotonic() - begin, 1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows_path = arguments.out / f"prefill-{report['date']}.json"
-    rows_path.write_text(json.dumps(report, indent=1) + "\n")
-    summary = summary_of(report)
-    (arguments.out / "prefill_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
-    print(f"{report['seconds']} s")
+    record("prefill", arguments, summary_of, lambda torch: measure_torch(torch, arguments.skip_1m),
+           ["decode.", "train.", "1m" if arguments.skip_1m else ""])
 
 
 if __name__ == "__main__":

@@ -12,14 +12,7 @@ torch's scaled_dot_product_attention, the faster of cuDNN and Flash; with --skip
 GEMM. About one minute; --filter, --skip and --seconds as in msa_bench_cuda.
 """
 
-import argparse
-import datetime
-import json
-import pathlib
-import tempfile
-import time
-
-from gpu_prefill import DIM, HEADS, KV_HEADS, LENGTHS, RESULTS, ROOT, Timer, git_commit, origin, row, run_binary
+from gpu_run import DIM, HEADS, KV_HEADS, LENGTHS, TorchRows, add_note, copy_ceiling, make_parser, origin, record, row
 
 PARTS = (("fwd", "forward"), ("bwd", "backward"), ("kl", "kl"), ("fwd_bwd_kl", "total"))
 TRAINED = ("8k", "32k", "128k")
@@ -37,22 +30,11 @@ def measure_torch(torch):
     """GEMM, copy and dense rows; a row that fails has time_ms None and a note."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    timer = Timer(torch)
+    rows = TorchRows(torch)
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def normal(*shape, grad=False):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
-
-    def gemm():
-        n = 8192
-        a, b, out = normal(n, n), normal(n, n), torch.empty(n, n, device="cuda", dtype=torch.bfloat16)
-        return row("torch.gemm.8192", timer.milliseconds(lambda: torch.matmul(a, b, out=out), 20, 5),
-                   work_flops=2.0 * n**3)
-
-    def copy():
-        a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        b = torch.empty_like(a)
-        return row("torch.copy", timer.milliseconds(lambda: b.copy_(a), 20, 3), moved_bytes=2.0 * a.numel())
 
     def dense(name):
         """Grouped heads where a backend has a backward pass for them, else k and v repeated beforehand."""
@@ -73,7 +55,7 @@ def measure_torch(torch):
                 name_of = backend.name + ("" if grouped else ", k and v repeated")
                 try:
                     with sdpa_kernel(backend):
-                        times = timer.milliseconds(step, 7 if length < 1 << 15 else 3, 2)
+                        times = rows.timer.milliseconds(step, 7 if length < 1 << 15 else 3, 2)
                 except RuntimeError as error:
                     best["note"] += f"{name_of}: {str(error).splitlines()[0]}. "
                     continue
@@ -83,16 +65,11 @@ def measure_torch(torch):
                 break
         return best
 
-    rows = []
-    for case, measure in (("torch.gemm.8192", gemm), ("torch.copy", copy),
-                          *((f"dense.{name}", lambda name=name: dense(name)) for name in DENSE)):
-        try:
-            rows.append(measure())
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            rows.append({"case": case, "time_ms": None, "note": str(error).splitlines()[0]})
-        torch.cuda.empty_cache()
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    rows.add_gemm()
+    rows.add_copy()
+    for name in DENSE:
+        rows.add(f"dense.{name}", lambda name=name: dense(name))
+    return rows.rows
 
 
 def summary_of(report):
@@ -106,9 +83,7 @@ def summary_of(report):
         return entry.get(field)
 
     summary = {"gemm_tflops": take("gemm_tflops", "torch.gemm.8192", "tflops")}
-    copies = [entry["tbytes_per_s"] for entry in report["rows"]
-              if entry["case"] == "torch.copy" and entry.get("time_ms")]
-    summary["copy_tbytes_per_s"] = max([report["ceilings"]["copy_tbytes_per_s"], *copies])
+    summary["copy_tbytes_per_s"] = copy_ceiling(report)
     for length in TRAINED:
         for short, part in PARTS:
             summary[f"{short}.{length}_ms"] = take(f"{short}.{length}_ms", f"train.{length}.{part}")
@@ -118,8 +93,7 @@ def summary_of(report):
     all_three = summary["fwd_bwd_kl.128k_ms"]
     summary["deterministic_over_default"] = all_three / default if all_three and default else None
     summary.update({key: report[key] for key in ("commit", "date", "device")})
-    if missing or report.get("note"):
-        summary["note"] = "; ".join(([report["note"]] if report.get("note") else []) + missing)
+    add_note(summary, report, missing)
     return summary
 
 
@@ -147,41 +121,7 @@ def targets_table(report, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", default=str(ROOT / "build/cuda/bench/cuda/msa_bench_cuda"))
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--commit", default=None, help="of the binary, where this is no git checkout")
-    parser.add_argument("--filter", default="train.")
-    parser.add_argument("--skip", default="")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--skip-dense", action="store_true")
-    arguments = parser.parse_args()
-
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run_binary(arguments, folder, [])
-    report["commit"] = arguments.commit or git_commit()
-    report["date"] = datetime.date.today().isoformat()
-
-    def write():
-        report["seconds"] = round(time.monotonic() - begin, 1)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"train-{report['date']}.json").write_text(json.dumps(report, indent=1) + "\n")
-        summary = summary_of(report)
-        (arguments.out / "train_summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        return summary
-
-    write()  # a run that is cut short later keeps this
-    if not arguments.skip_dense:
-        try:
-            import torch
-        except ImportError as error:
-            report["note"] = f"no torch: {error}"
-        else:
-            report["torch"] = torch.__version__
-            report["rows"] += measure_torch(torch)
-    print(json.dumps(write(), indent=1))
-    print(f"{report['seconds']} s")
+    record("train", make_parser(__doc__, "train.", 120.0).parse_args(), summary_of, measure_torch)
 
 
 if __name__ == "__main__":
