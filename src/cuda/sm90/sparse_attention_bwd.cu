@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kAddThreads)
     }
     const float largest = ptx::max_nan(ptx::max_nan(fabsf(sum.x), fabsf(sum.y)),
                                        ptx::max_nan(fabsf(sum.z), fabsf(sum.w)));
-    bad |= !(largest <= kLargestSum);
+    bad |= !(largest <= kLargest<T>);
     T* const row = reinterpret_cast<T*>(to.at(split.row + at / kDim, split.head));
     *reinterpret_cast<uint2*>(row + at % kDim) =
         make_uint2(ptx::pack<T>(sum.x, sum.y), ptx::pack<T>(sum.z, sum.w));

@@ -16,13 +16,11 @@
 #include <cstdint>
 
 #include "cuda/common/attention_gradients.cuh"
+#include "cuda/sm90/attention_row.cuh"
 
 namespace msa::cuda::sm90::bwd {
 
 inline constexpr int kBlock = 128;  ///< keys: 64 for each warpgroup of dkv
-
-/// The largest number that rounds to a finite bf16. A sum beyond it is done again.
-inline constexpr float kLargestSum = 0x1.fep127f;
 
 /// A KV block of one KV head and queries that attend it.
 struct Item {

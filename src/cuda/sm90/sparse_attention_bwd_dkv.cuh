@@ -376,7 +376,7 @@ class DkvConsumer {
       *reinterpret_cast<std::uint32_t*>(row + ptx::accumulator_column(i)) =
           ptx::pack<T>(d[i], d[i + 1]);
     }
-    return !(largest <= kLargestSum);
+    return !(largest <= kLargest<T>);
   }
 
   const BackwardParams& g_;

@@ -281,7 +281,7 @@ class DqConsumer : UnionWalk {
       largest = ptx::max_nan(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = ptx::max_nan(largest, __shfl_xor_sync(~0u, largest, 2));
       if (live && lane_ % 4 == 0) {
-        d_.work.redo_q[statistic(tile, h)] = largest <= kLargestSum ? 0 : 1;
+        d_.work.redo_q[statistic(tile, h)] = largest <= kLargest<T> ? 0 : 1;
       }
     }
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/common/batch.cuh"
+#include "cuda/common/query_lists.cuh"
 
 namespace msa::cuda::sm90::kv_outer {
 
@@ -80,13 +81,7 @@ struct Pair {
   int num_visible = 0;
 };
 
-/// Blocks are binned by page, or by their place among the packed keys, where each sequence starts
-/// at a bin of its own.
-__device__ __forceinline__ std::int64_t first_bin(const DeviceBatch& batch,
-                                                  const DeviceSequence& sequence) {
-  return sequence.k_begin / batch.block_size + sequence.batch_idx;
-}
-
+/// Blocks are binned by page, or as in cuda/common/query_lists.cuh.
 __device__ __forceinline__ Pair pair_at(const DeviceBatch& batch, const DeviceSequence& sequence,
                                         std::int64_t position, std::int64_t block) {
   Pair pair;
