@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "cuda/common/launch.hpp"
+#include "cuda/common/scan.cuh"
 #include "cuda/cuda.hpp"
 #include "cuda/sm90/sparse_attention_bwd_dkv.cuh"
 #include "cuda/sm90/sparse_attention_bwd_dq.cuh"
@@ -40,28 +41,6 @@ __device__ __forceinline__ Cut cut_of(std::int64_t count, int piece_entries, int
   return {static_cast<int>((count + length - 1) / length), static_cast<int>(length)};
 }
 
-/// Exclusive sum over the CTA; `total` gets the sum of all.
-__device__ __forceinline__ int exclusive_sum(int value, int* scratch, int& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) scratch[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-  for (int i = 0; i < kItemThreads / 32; ++i) {
-    if (i < warp) before += scratch[i];
-    total += scratch[i];
-  }
-  __syncthreads();
-  return before + sum - value;
-}
-
 /// One CTA. Head by head, so that CTAs at work at the same time read the same queries; old blocks
 /// first: later queries attend them too, so they have the longer lists, and the short ones fill up
 /// the end.
@@ -93,9 +72,9 @@ __global__ void __launch_bounds__(kItemThreads)
   });
   int num_items, num_slots, num_splits;
   Counts at;
-  at.items = exclusive_sum(mine.items, scratch, num_items);
-  at.slots = exclusive_sum(mine.slots, scratch, num_slots);
-  at.splits = exclusive_sum(mine.splits, scratch, num_splits);
+  at.items = exclusive_sum<kItemThreads>(mine.items, scratch, num_items);
+  at.slots = exclusive_sum<kItemThreads>(mine.slots, scratch, num_slots);
+  at.splits = exclusive_sum<kItemThreads>(mine.splits, scratch, num_splits);
   for_each([&](int head, std::int64_t bin, const KeyBlock& key_block, const QueryList& list,
                const Cut& cut) {
     const DeviceSequence& sequence = key_block.sequence;

@@ -9,6 +9,7 @@
 
 #include "cuda/common/batch.cuh"
 #include "cuda/common/query_lists.cuh"
+#include "cuda/common/scan.cuh"
 
 namespace msa::cuda::sm90::kv_outer {
 
@@ -122,30 +123,6 @@ __device__ __forceinline__ void for_each_pair(const Selection& selection, int he
   }
 }
 
-/// Exclusive sum over the CTA; `total` gets the sum of all.
-__device__ __forceinline__ std::uint64_t exclusive_sum(std::uint64_t value, std::uint64_t* scratch,
-                                                       std::uint64_t& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  std::uint64_t sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const std::uint64_t other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) scratch[warp] = sum;
-  __syncthreads();
-  std::uint64_t before = 0;
-  total = 0;
-#pragma unroll
-  for (int i = 0; i < kListThreads / 32; ++i) {
-    if (i < warp) before += scratch[i];
-    total += scratch[i];
-  }
-  __syncthreads();
-  return before + sum - value;
-}
-
 /// A CTA per segment: counts the pairs of each block, sums up, writes items and entries. The order
 /// of entries inside a block depends on timing; no result does, since each row is computed alone.
 __global__ void __launch_bounds__(kListThreads, 1)
@@ -202,7 +179,7 @@ __global__ void __launch_bounds__(kListThreads, 1)
       sum += count | std::uint64_t{(count + kTokensPerItem - 1) / kTokensPerItem} << 32;
     }
     std::uint64_t total = 0;
-    const std::uint64_t before = exclusive_sum(sum, scratch, total);
+    const std::uint64_t before = exclusive_sum<kListThreads>(sum, scratch, total);
     int entry = num_entries + static_cast<int>(before & 0xFFFFFFFF);
     int item = num_items + static_cast<int>(before >> 32);
     for (int i = from; i < to; ++i) {
