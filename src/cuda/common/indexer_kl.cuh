@@ -172,10 +172,14 @@ __device__ __forceinline__ Query query_at(const Params& g, const Piece& piece, s
   if (g.block_ids != nullptr) {
     const std::int32_t* const ids =
         g.block_ids + piece.head * g.ids_head_stride + query.row * g.ids_token_stride;
-    int i = 0;
-    while (i < g.top_k && ids[i] != piece.key_block.block) ++i;
-    if (i == g.top_k) query.limit = 0;
-    slot += std::int64_t{i} * g.pieces_per_block;
+    // To the end in any case, so that several loads are under way.
+    int found = g.top_k;
+#pragma unroll 4
+    for (int i = 0; i < g.top_k; ++i) {
+      if (ids[i] == piece.key_block.block) found = min(found, i);
+    }
+    if (found == g.top_k) query.limit = 0;
+    slot += std::int64_t{found} * g.pieces_per_block;
   }
   query.pair = g.pair(query.row, piece.head, slot);
   return query;
@@ -184,12 +188,16 @@ __device__ __forceinline__ Query query_at(const Params& g, const Piece& piece, s
 /// Whether the query attends the piece of a slot, where `visible` keys are visible to it.
 __device__ __forceinline__ bool attends(const Params& g, std::int64_t row, int head,
                                         std::int64_t visible, std::int64_t slot) {
-  std::int64_t block = slot / g.pieces_per_block;
+  // Slots fit 32 bits, in which a division is a few instructions.
+  const auto number = static_cast<std::uint32_t>(slot);
+  const auto pieces = static_cast<std::uint32_t>(g.pieces_per_block);
+  std::int64_t block = number / pieces;
   if (g.block_ids != nullptr) {
     block = g.block_ids[head * g.ids_head_stride + row * g.ids_token_stride + block];
   }
   return block >= 0 &&
-         block * g.batch.block_size + slot % g.pieces_per_block * g.piece_size < visible;
+         block * g.batch.block_size + static_cast<std::int64_t>(number % pieces) * g.piece_size <
+             visible;
 }
 
 /// Scores of a warp's 16 rows with the keys of a piece, as products of tensor cores leave them: row
