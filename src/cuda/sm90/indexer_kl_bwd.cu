@@ -38,9 +38,7 @@ constexpr std::uint32_t kIndexBytes = kQueries * kDim * 2;
 constexpr std::uint32_t kIndexK = kKeyBytes;
 constexpr std::uint32_t kQ = 2 * kKeyBytes;
 constexpr std::uint32_t kIndexQ = kQ + kStages * kTileBytes;
-constexpr std::uint32_t kLse = kIndexQ + kIndexBytes;  // of the heads of a tile's queries
-constexpr std::uint32_t kLseBytes = kWarps * kGroup * 4;
-constexpr std::uint32_t kKeysFull = kLse + kStages * kLseBytes;
+constexpr std::uint32_t kKeysFull = kIndexQ + kIndexBytes;
 constexpr std::uint32_t kQFull = kKeysFull + 8;
 constexpr std::uint32_t kQEmpty = kQFull + kStages * 8;
 constexpr std::uint32_t kIndexQFull = kQEmpty + kStages * 8;
@@ -62,8 +60,8 @@ __device__ __forceinline__ int row_of_query(int i) { return i % kWarps * 16 + i 
 /// One warp.
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
                                         const CUtensorMap& index_q_map,
-                                        const CUtensorMap& index_k_map, const Params& g,
-                                        const Piece& piece, std::uint32_t smem, float* all_lse) {
+                                        const CUtensorMap& index_k_map, const Piece& piece,
+                                        std::uint32_t smem) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (lane == 0) {
     const auto key = static_cast<int>(piece.key_block.sequence.k_begin + piece.first_token);
@@ -98,17 +96,6 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
                          &q_map, 0, 0, 0, piece.head * (kGroup / 8), n < 8 ? rows[0] : rows[1],
                          full);
       }
-      __syncwarp();
-      // Two of the 64 values a lane; those of queries beyond the last are the first's, and unused.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int number = n % 8 * kWarps + 2 * i + lane / kGroup;
-        const int row =
-            n < 8 ? __shfl_sync(~0u, rows[0], number) : __shfl_sync(~0u, rows[1], number);
-        const float lse = g.lse_of(row, piece.head * kGroup + lane % kGroup);
-        all_lse[stage * (kLseBytes / 4) + static_cast<std::uint32_t>(lane + 32 * i)] = lse;
-      }
-      ptx::mbarrier_arrive(full);
       __syncwarp();
       // Behind the first tiles, which need not wait for the last queries' index_q.
       if (n != min(kStages, num_tiles) - 1) continue;
@@ -152,8 +139,7 @@ __device__ __forceinline__ void wait(Scores<kKeys>& s) {
 
 /// Four warps.
 template <class T>
-__device__ __forceinline__ void consume(const Params& g, const Piece& piece, std::uint32_t smem,
-                                        const float* all_lse) {
+__device__ __forceinline__ void consume(const Params& g, const Piece& piece, std::uint32_t smem) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint32_t use = 0;
@@ -164,6 +150,7 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, std
     const int num_tiles = (count + kWarps - 1) / kWarps;
     // Lane n of a warp has its query n.
     const std::int64_t entry = lane < kQueries / kWarps ? first + lane * kWarps + warp : piece.end;
+    const int own_row = entry < piece.end ? static_cast<int>(piece.queries[entry]) : 0;
     Scores<kKeys> s;
     Scores<kKeys> teacher = {};
     const auto add_half = [&]<int kHalf>() {
@@ -173,8 +160,9 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, std
         ptx::mbarrier_wait(smem + kQFull + stage * 8, use / kStages & 1);
         const std::uint32_t tile = smem + kQ + stage * kTileBytes;
         multiply<T>(s, [&](int step) { return q_descriptor(tile, step); }, smem);
-        const float* const of_query = all_lse + stage * (kLseBytes / 4) + warp * kGroup + lane / 4;
-        const float lse[2] = {of_query[0], of_query[8]};
+        const std::int64_t row = __shfl_sync(~0u, own_row, n);
+        const float lse[2] = {g.lse_of(row, piece.head * kGroup + lane / 4),
+                              g.lse_of(row, piece.head * kGroup + lane / 4 + 8)};
         const bool exists[2] = {true, true};
         wait(s);
         __syncwarp();
@@ -222,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(smem + kKeysFull, 1);
     for (std::uint32_t stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(smem + kQFull + stage * 8, 1 + 32);  // the copies', and a lane's each
+      ptx::mbarrier_init(smem + kQFull + stage * 8, 1);
       ptx::mbarrier_init(smem + kQEmpty + stage * 8, kWarps);
     }
     ptx::mbarrier_init(smem + kIndexQFull, 1);
@@ -231,11 +219,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-  auto* const all_lse = reinterpret_cast<float*>(smem_generic + kLse);
   if (warp == kWarps) {
-    produce(q_map, k_map, index_q_map, index_k_map, g, piece, smem, all_lse);
+    produce(q_map, k_map, index_q_map, index_k_map, piece, smem);
   } else {
-    consume<T>(g, piece, smem, all_lse);
+    consume<T>(g, piece, smem);
   }
 }
 
