@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--summary", type=pathlib.Path, required=True, help="of evaluate.py")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     plot_training(args.runs, args.out)
     summary = json.loads(args.summary.read_text())
     plot_evaluation(summary, args.out)
