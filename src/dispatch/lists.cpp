@@ -83,7 +83,7 @@ constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
 constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::generic::kIndexerKlBackward, &cuda::sm90::kIndexerKlBackward,
+    &cuda::sm90::kIndexerKlBackward, &cuda::generic::kIndexerKlBackward,
 #endif
     &cpu::kIndexerKlBackward, &reference::kIndexerKlBackward};
 constexpr List<AppendKv> kAppendKv[] = {

@@ -114,13 +114,36 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) g.losses[row.row * g.num_kv_heads + row.head] = loss;
   if (g.dindex_q.data == nullptr) return;
   std::byte* const to = g.dindex_q.at(row.row, row.head);
-  for (int d = lane; d < g.index_dim; d += 32) {
-    float sum = 0.0f;
+  // Four dimensions a lane; several slots' parts are under way at once.
+  const bool whole = g.index_dim % 4 == 0;
+  for (int d = 4 * lane; d < g.index_dim; d += 4 * 32) {
+    const float* const parts = g.dindex_q_parts + g.pair(row.row, row.head, 0) * g.index_dim + d;
+    float sum[4] = {};
+#pragma unroll 4
     for (std::int64_t slot = 0; slot < row.slots; ++slot) {
-      if (!attends(g, row.row, row.head, row.visible, slot)) continue;
-      sum += g.dindex_q_parts[g.pair(row.row, row.head, slot) * g.index_dim + d];
+      float part[4] = {};
+      if (attends(g, row.row, row.head, row.visible, slot)) {
+        const float* const from = parts + slot * g.index_dim;
+        if (whole) {
+          const float4 four = *reinterpret_cast<const float4*>(from);
+          part[0] = four.x;
+          part[1] = four.y;
+          part[2] = four.z;
+          part[3] = four.w;
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) part[i] = d + i < g.index_dim ? from[i] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
     }
-    store_float(to, g.dindex_q.dtype, d, sum * g.gradient_scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (d + i < g.index_dim) {
+        store_float(to, g.dindex_q.dtype, d + i, sum[i] * g.gradient_scale);
+      }
+    }
   }
 }
 

@@ -17,7 +17,7 @@ constexpr std::int64_t kMaxQueryTokens = 16;
 constexpr std::int64_t kMaxSequences = 4096;  // their ends are in shared memory
 /// Two CTAs fill an SM. Of few blocks one is enough, and leaves room for the CTAs of selection and
 /// attention, which so are on their SMs, waiting, when their turn comes.
-constexpr std::int64_t kFewBlocks = 4096;
+constexpr std::int64_t kFewBlocks = 2048;
 int ctas_per_sm(const Indexer& args) {
   const std::int64_t blocks =
       core::batch_size(args.batch) * ceil_div(core::max_seq_len_k(args), kDecodeBlock);

@@ -30,13 +30,23 @@ __global__ void __launch_bounds__(kSelectThreads)
   select(scores, range.first, range.last, range.wanted, shared);
   const float least = scores[block_of(shared.best[range.wanted - 1])];
   __syncthreads();  // everyone has it before scores change
-  for (int block = range.first + thread; block <= range.last; block += kSelectThreads) {
-    scores[block] = -INFINITY;
-    if (upper[block] < least) continue;
-    const std::uint32_t bit = 1u << (block % 32);
-    std::uint32_t* const word = params.seen + range.batch_idx * params.seen_words + block / 32;
-    if ((atomicOr(word, bit) & bit) != 0) continue;
-    params.survivors[atomicAdd(params.num_survivors, 1)] = {range.batch_idx, block};
+  // Bounds are asked for several at a time: no load waits for the one before, or for the marks.
+  constexpr int kBatch = 8;
+  for (int begin = range.first + thread; begin <= range.last; begin += kBatch * kSelectThreads) {
+    float bounds[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) bounds[i] = upper[min(begin + i * kSelectThreads, range.last)];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int block = begin + i * kSelectThreads;
+      if (block > range.last) break;
+      scores[block] = -INFINITY;
+      if (bounds[i] < least) continue;
+      const std::uint32_t bit = 1u << (block % 32);
+      std::uint32_t* const word = params.seen + range.batch_idx * params.seen_words + block / 32;
+      if ((atomicOr(word, bit) & bit) != 0) continue;
+      params.survivors[atomicAdd(params.num_survivors, 1)] = {range.batch_idx, block};
+    }
   }
 }
 
