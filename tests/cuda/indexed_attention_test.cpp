@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <initializer_list>
 #include <limits>
 #include <numeric>
@@ -275,7 +276,12 @@ TEST_F(GpuIndexedAttention, GraphFollowsGrowingLengths) {
   MSA_CUDA_CHECK(cudaStreamEndCapture(handle, &graph));
   std::size_t num_nodes = 0;
   MSA_CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &num_nodes));
-  EXPECT_EQ(num_nodes, std::size_t{kSteps});
+  ASSERT_EQ(num_nodes, std::size_t{kSteps});
+  cudaGraphNode_t nodes[kSteps] = {};
+  MSA_CUDA_CHECK(cudaGraphGetNodes(graph, nodes, &num_nodes));
+  cudaKernelNodeParams node{};
+  MSA_CUDA_CHECK(cudaGraphKernelNodeGetParams(nodes[0], &node));
+  std::printf("%u CTAs, %u bytes of shared memory each\n", node.gridDim.x, node.sharedMemBytes);
   MSA_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
   for (const std::int32_t length : {1, 127, 128, 129, 2'048, 2'049, 2'176, 5'000, 8'999, 9'000}) {
     SCOPED_TRACE(length);
