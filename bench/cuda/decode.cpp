@@ -7,13 +7,14 @@
 #include <set>
 
 #include "core/check.hpp"
-#include "msa/ops.hpp"
+#include "msa/indexed_attention.hpp"
 
 namespace msa::bench {
 namespace {
 
 constexpr Problem kM3{};
 constexpr const char* kScreened = "cuda_sm90_decode_screened";
+constexpr const char* kFused = "cuda_sm90_decode_fused";
 constexpr int kMaxCaches = 32;
 // Ten times the L2 cache: what one step reads is gone when its turn comes again.
 constexpr double kTurnBytes = 500e6;
@@ -27,6 +28,7 @@ struct DecodeShape {
   bool codes = false;
   bool attention_only = false;
   bool index_only = false;
+  bool fused = false;  ///< one operation: IndexedAttentionForward
 
   std::int64_t total_q() const { return batch_size * seq_len_q; }
   std::int64_t blocks() const { return (seq_len_k + kM3.block_size - 1) / kM3.block_size; }
@@ -81,6 +83,17 @@ class Cache {
   SparseAttentionForward attention() const {
     return {.problem = kM3,
             .batch = batch(),
+            .q = q_.view(),
+            .k = k_.view(),
+            .v = v_.view(),
+            .block_ids = block_ids_.view(),
+            .out = out_.view()};
+  }
+  IndexedAttentionForward step() const {
+    return {.problem = kM3,
+            .batch = batch(),
+            .index_q = index_q_.view(),
+            .index_k = index_k_.view(),
             .q = q_.view(),
             .k = k_.view(),
             .v = v_.view(),
@@ -175,6 +188,29 @@ class Cache {
   DeviceTensor index_q_, index_k_, index_k_codes_, index_k_scales_;
 };
 
+using Caches = std::shared_ptr<std::vector<Cache>>;
+
+/// By the fused kernel, which has to be asked for, unless another backend is.
+PreparedCase prepare_fused(const Caches& caches, Options options) {
+  if (options.backend == nullptr) options.backend = kFused;
+  const auto plan = msa::plan(caches->front().step(), options);
+  const auto workspace = std::make_shared<DeviceMemory>(plan.workspace_bytes());
+  const auto enqueue = [=](cudaStream_t stream) {
+    for (const Cache& cache : *caches) {
+      plan.run(cache.step(), {workspace->data(), plan.workspace_bytes()}, {stream});
+    }
+  };
+  enqueue(nullptr);
+  MSA_CUDA_CHECK(cudaDeviceSynchronize());
+  const auto [flops, bytes] = caches->front().attention_work();
+  return {.enqueue = enqueue,
+          .repeats = static_cast<int>(caches->size()),
+          .implementation = plan.implementation(),
+          .flops = flops + caches->front().index_flops(),
+          .bytes = bytes + caches->front().index_bytes(),
+          .extra_bytes = workspace->size()};
+}
+
 PreparedCase prepare(const DecodeShape& shape, const Options& options) {
   const double attention_bytes = 2.0 * static_cast<double>(shape.batch_size * kM3.num_kv_heads) *
                                  kM3.top_k * kM3.block_size * kM3.head_dim *
@@ -182,10 +218,11 @@ PreparedCase prepare(const DecodeShape& shape, const Options& options) {
   const double step_bytes = (shape.index_only ? 0.0 : attention_bytes) +
                             (shape.attention_only ? 0.0 : shape.index_key_bytes());
   const int num_caches = std::clamp(static_cast<int>(kTurnBytes / step_bytes) + 1, 1, kMaxCaches);
-  const auto caches = std::make_shared<std::vector<Cache>>();
+  const Caches caches = std::make_shared<std::vector<Cache>>();
   for (int i = 0; i < num_caches; ++i) {
     caches->emplace_back(shape, 100 * static_cast<std::uint64_t>(i));
   }
+  if (shape.fused) return prepare_fused(caches, options);
   const auto attention = msa::plan(caches->front().attention(), options);
   // Screening stands below the row that reads every key: it has to be asked for.
   Options index_options = options;
@@ -242,6 +279,15 @@ std::vector<BenchCase> decode_cases() {
     shapes.back().name += ".index";
     shapes.back().index_only = true;
   }
+  for (const std::int64_t batch_size : {1, 2, 4}) {
+    shapes.push_back({.name = core::concat("b", batch_size, ".32k.fused"),
+                      .batch_size = batch_size,
+                      .seq_len_q = 1,
+                      .seq_len_k = 32 * k,
+                      .fused = true});
+  }
+  shapes.push_back({"b2.32k", 2, 1, 32 * k});
+  shapes.push_back({"b4.32k", 4, 1, 32 * k});
   shapes.push_back({"b8.128k", 8, 1, 128 * k});
   shapes.push_back({"b8.128k.mtp4", 8, 4, 128 * k});
   shapes.push_back({.name = "b1.attention",

@@ -131,6 +131,26 @@ typedef struct msa_sparse_attention_forward {
   msa_tensor v_scale; /* optional, with v in e4m3 */
 } msa_sparse_attention_forward;
 
+/* include/msa/indexed_attention.hpp */
+typedef struct msa_indexed_attention_forward {
+  size_t struct_size;
+  const msa_problem* problem;
+  const msa_batch* batch;
+  msa_tensor index_q;
+  msa_tensor index_k;
+  msa_tensor index_k_codes; /* optional, with index_k_scales */
+  msa_tensor index_k_scales;
+  msa_tensor q;
+  msa_tensor k;
+  msa_tensor v;
+  float softmax_scale;
+  msa_tensor block_ids; /* written */
+  msa_tensor out;
+  msa_tensor lse;
+  msa_tensor k_scale; /* optional, with k in e4m3 */
+  msa_tensor v_scale; /* optional, with v in e4m3 */
+} msa_indexed_attention_forward;
+
 typedef struct msa_dense_attention_forward {
   size_t struct_size;
   const msa_problem* problem;
@@ -234,6 +254,8 @@ MSA_API msa_status msa_plan_indexer(const msa_indexer* args, const msa_options* 
                                     msa_plan** plan);
 MSA_API msa_status msa_plan_sparse_attention_forward(const msa_sparse_attention_forward* args,
                                                      const msa_options* options, msa_plan** plan);
+MSA_API msa_status msa_plan_indexed_attention_forward(const msa_indexed_attention_forward* args,
+                                                      const msa_options* options, msa_plan** plan);
 MSA_API msa_status msa_plan_dense_attention_forward(const msa_dense_attention_forward* args,
                                                     const msa_options* options, msa_plan** plan);
 MSA_API msa_status msa_plan_sparse_attention_backward(const msa_sparse_attention_backward* args,
@@ -262,6 +284,10 @@ MSA_API msa_status msa_run_sparse_attention_forward(const msa_plan* plan,
                                                     const msa_sparse_attention_forward* args,
                                                     void* workspace, size_t workspace_bytes,
                                                     void* stream);
+MSA_API msa_status msa_run_indexed_attention_forward(const msa_plan* plan,
+                                                     const msa_indexed_attention_forward* args,
+                                                     void* workspace, size_t workspace_bytes,
+                                                     void* stream);
 MSA_API msa_status msa_run_dense_attention_forward(const msa_plan* plan,
                                                    const msa_dense_attention_forward* args,
                                                    void* workspace, size_t workspace_bytes,

@@ -22,6 +22,7 @@ from .operations import (
     AppendKv,
     Batch,
     DenseAttentionForward,
+    IndexedAttentionForward,
     Indexer,
     IndexerKlBackward,
     IndexerScores,
@@ -214,6 +215,40 @@ def sparse_attention_forward(
     call.output("lse", lse, _shape("q", q)[:-1], _wide(q))
     call.run()
     return AttentionForward(call.result("out"), call.result("lse"))
+
+
+def indexed_attention_forward(
+    index_q: Array,
+    index_k: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    problem: Problem = _M3,
+    batch: Batch = _ONE_SEQUENCE,
+    index_k_codes: Array | None = None,
+    index_k_scales: Array | None = None,
+    softmax_scale: float = 0.0,
+    block_ids: Array | None = None,
+    out: Array | None = None,
+    lse: Output = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    backend: str | None = None,
+    deterministic: bool = True,
+    workspace: Array | None = None,
+    stream: Any = None,
+) -> tuple[Any, AttentionForward]:
+    """indexer(), then sparse_attention_forward() on its selection: block ids, and attention."""
+    args = IndexedAttentionForward(problem, batch, index_q, index_k, index_k_codes, index_k_scales, q, k, v)
+    args.softmax_scale, args.k_scale, args.v_scale = softmax_scale, k_scale, v_scale
+    call = _Call(args, stream, dict(backend=backend, deterministic=deterministic, workspace=workspace))
+    shape = (problem.num_kv_heads, _shape("index_q", index_q)[0], problem.top_k)
+    call.output("block_ids", block_ids, shape, "i32")
+    call.output("out", out, _shape("q", q), dtype_of("q", q))
+    call.output("lse", lse, _shape("q", q)[:-1], _wide(q))
+    call.run()
+    return call.result("block_ids"), AttentionForward(call.result("out"), call.result("lse"))
 
 
 def dense_attention_forward(

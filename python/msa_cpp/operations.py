@@ -133,6 +133,27 @@ class SparseAttentionForward(Operation):
 
 
 @dataclass
+class IndexedAttentionForward(Operation):
+    """Indexer, and then SparseAttentionForward on the blocks that it selects."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("block_ids", "out", "lse")
+
+    index_q: Array | None = None  #: As in Indexer, and the next three.
+    index_k: Array | None = None
+    index_k_codes: Array | None = None
+    index_k_scales: Array | None = None
+    q: Array | None = None  #: As in SparseAttentionForward, and the next two.
+    k: Array | None = None
+    v: Array | None = None
+    softmax_scale: float = 0.0  #: 0 means 1 / sqrt(head_dim).
+    block_ids: Array | None = None  #: int32 [num_kv_heads, total_q, top_k], ascending, then -1.
+    out: Array | None = None  #: [total_q, num_q_heads, head_dim]
+    lse: Array | None = None  #: float32 [total_q, num_q_heads]; optional.
+    k_scale: Array | None = None  #: As in SparseAttentionForward.
+    v_scale: Array | None = None  #: As in SparseAttentionForward.
+
+
+@dataclass
 class DenseAttentionForward(Operation):
     """Causal attention over every visible token."""
 

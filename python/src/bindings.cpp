@@ -149,6 +149,7 @@ NB_MODULE(_core, module) {
   bind_operation<msa::SelectTopK>(module, "SelectTopK");
   bind_operation<msa::Indexer>(module, "Indexer");
   bind_operation<msa::SparseAttentionForward>(module, "SparseAttentionForward");
+  bind_operation<msa::IndexedAttentionForward>(module, "IndexedAttentionForward");
   bind_operation<msa::DenseAttentionForward>(module, "DenseAttentionForward");
   bind_operation<msa::SparseAttentionBackward>(module, "SparseAttentionBackward");
   bind_operation<msa::IndexerKlBackward>(module, "IndexerKlBackward");

@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "msa/ops.hpp"
+#include "msa/indexed_attention.hpp"
 
 namespace msa_python {
 
@@ -62,6 +62,24 @@ template <>
 struct Fields<msa::SparseAttentionForward> {
   using A = msa::SparseAttentionForward;
   static constexpr TensorField<A> tensors[] = {{"q", &A::q},
+                                               {"k", &A::k},
+                                               {"v", &A::v},
+                                               {"block_ids", &A::block_ids},
+                                               {"out", &A::out},
+                                               {"lse", &A::lse},
+                                               {"k_scale", &A::k_scale},
+                                               {"v_scale", &A::v_scale}};
+  static constexpr FloatField<A> floats[] = {{"softmax_scale", &A::softmax_scale}};
+};
+
+template <>
+struct Fields<msa::IndexedAttentionForward> {
+  using A = msa::IndexedAttentionForward;
+  static constexpr TensorField<A> tensors[] = {{"index_q", &A::index_q},
+                                               {"index_k", &A::index_k},
+                                               {"index_k_codes", &A::index_k_codes},
+                                               {"index_k_scales", &A::index_k_scales},
+                                               {"q", &A::q},
                                                {"k", &A::k},
                                                {"v", &A::v},
                                                {"block_ids", &A::block_ids},

@@ -37,6 +37,12 @@ def test_forward(dtype, tolerance, num_queries):
     ids = msa_cpp.indexer(case.index_q, case.index_k, problem=p)
     np.testing.assert_array_equal(ids, expected_ids(case))
     out, lse = msa_cpp.sparse_attention_forward(case.q, case.k, case.v, ids, problem=p)
+    ids_of_step, attention_of_step = msa_cpp.indexed_attention_forward(
+        case.index_q, case.index_k, case.q, case.k, case.v, problem=p
+    )
+    np.testing.assert_array_equal(ids_of_step, ids)
+    np.testing.assert_array_equal(attention_of_step.out, out)
+    np.testing.assert_array_equal(attention_of_step.lse, lse)
     expected_out, expected_lse = paper.attention(case.q, case.k, case.v, expected_support(case))
     assert out.dtype == dtype and lse.dtype == dtype
     np.testing.assert_allclose(out, expected_out, **tolerance)

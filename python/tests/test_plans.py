@@ -15,14 +15,15 @@ import msa_cpp
 from msa_cpp import _core, operations
 
 P = Case.problem
-HEADER = pathlib.Path(__file__).parents[2] / "include" / "msa" / "ops.hpp"
+INCLUDE = pathlib.Path(__file__).parents[2] / "include" / "msa"
+HEADERS = [INCLUDE / "ops.hpp", INCLUDE / "indexed_attention.hpp"]
 CLASSES = [c for c in vars(operations).values() if isinstance(c, type)]
 OPERATIONS = [c for c in CLASSES if issubclass(c, msa_cpp.Operation) and c is not msa_cpp.Operation]
 
 
 def header_fields(struct):
     """Names and defaults of a struct's fields, in order."""
-    text = re.sub(r"//[^\n]*", "", HEADER.read_text(encoding="utf-8"))
+    text = re.sub(r"//[^\n]*", "", "".join(header.read_text(encoding="utf-8") for header in HEADERS))
     body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
     fields = re.findall(
         r"(?:TensorView|Problem|Batch|float|int|std::int64_t)\s+(\w+)\s*(?:\{\}|= ([^;]+));", body

@@ -11,8 +11,9 @@
 #include <variant>
 
 #include "core/check.hpp"
-#include "core/operation.hpp"
+#include "core/indexed_attention.hpp"
 #include "msa/backend.hpp"
+#include "msa/indexed_attention.hpp"
 #include "msa/ops.hpp"
 
 using msa::core::concat;
@@ -21,7 +22,8 @@ struct msa_plan {
   std::variant<msa::Plan<msa::IndexerScores>, msa::Plan<msa::SelectTopK>, msa::Plan<msa::Indexer>,
                msa::Plan<msa::SparseAttentionForward>, msa::Plan<msa::DenseAttentionForward>,
                msa::Plan<msa::SparseAttentionBackward>, msa::Plan<msa::IndexerKlBackward>,
-               msa::Plan<msa::AppendKv>, msa::Plan<msa::NormRopeAppendKv>>
+               msa::Plan<msa::AppendKv>, msa::Plan<msa::NormRopeAppendKv>,
+               msa::Plan<msa::IndexedAttentionForward>>
       plan;
 };
 
@@ -149,6 +151,25 @@ msa::SparseAttentionForward to_cpp(const msa_sparse_attention_forward* given) {
           .v = to_cpp(c.v, "v"),
           .block_ids = to_cpp(c.block_ids, "block_ids"),
           .softmax_scale = c.softmax_scale,
+          .out = to_cpp(c.out, "out"),
+          .lse = to_cpp(c.lse, "lse"),
+          .k_scale = to_cpp(c.k_scale, "k_scale"),
+          .v_scale = to_cpp(c.v_scale, "v_scale")};
+}
+
+msa::IndexedAttentionForward to_cpp(const msa_indexed_attention_forward* given) {
+  const auto c = copy_struct(given, "msa_indexed_attention_forward");
+  return {.problem = to_cpp(c.problem),
+          .batch = to_cpp(c.batch),
+          .index_q = to_cpp(c.index_q, "index_q"),
+          .index_k = to_cpp(c.index_k, "index_k"),
+          .index_k_codes = to_cpp(c.index_k_codes, "index_k_codes"),
+          .index_k_scales = to_cpp(c.index_k_scales, "index_k_scales"),
+          .q = to_cpp(c.q, "q"),
+          .k = to_cpp(c.k, "k"),
+          .v = to_cpp(c.v, "v"),
+          .softmax_scale = c.softmax_scale,
+          .block_ids = to_cpp(c.block_ids, "block_ids"),
           .out = to_cpp(c.out, "out"),
           .lse = to_cpp(c.lse, "lse"),
           .k_scale = to_cpp(c.k_scale, "k_scale"),
@@ -293,6 +314,7 @@ MSA_C_OPERATION(indexer_scores)
 MSA_C_OPERATION(select_top_k)
 MSA_C_OPERATION(indexer)
 MSA_C_OPERATION(sparse_attention_forward)
+MSA_C_OPERATION(indexed_attention_forward)
 MSA_C_OPERATION(dense_attention_forward)
 MSA_C_OPERATION(sparse_attention_backward)
 MSA_C_OPERATION(indexer_kl_backward)

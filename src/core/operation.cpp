@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "core/check.hpp"
+#include "core/indexed_attention.hpp"
 #include "core/sequences.hpp"
 
 namespace msa::core {
@@ -245,6 +246,22 @@ void validate(const Indexer& args) {
 void validate(const SparseAttentionForward& args) {
   const char* op = operation_name(args);
   check_forward(op, args);
+  check_block_ids(op, args.block_ids, args.problem, args.q.shape[0]);
+  check_devices(op, args);
+}
+
+void validate(const IndexedAttentionForward& args) {
+  const char* op = operation_name(args);
+  check_index_inputs(op, args);
+  MSA_CHECK(!args.index_k_codes.given() || is_paged(args.batch), op,
+            ": index_k_codes is given, but keys without page_table have none");
+  check_codes(op, args.problem, "index_k_codes", args.index_k_codes, "index_k_scales",
+              args.index_k_scales, "index_k", args.index_k);
+  check_forward(op, args);
+  MSA_CHECK(args.index_q.shape[0] == args.q.shape[0], op, ": index_q has ", args.index_q.shape[0],
+            " query tokens, q has ", args.q.shape[0]);
+  MSA_CHECK(args.index_k.shape[0] == args.k.shape[0], op, ": index_k has ", args.index_k.shape[0],
+            is_paged(args.batch) ? " pages" : " tokens", ", k has ", args.k.shape[0]);
   check_block_ids(op, args.block_ids, args.problem, args.q.shape[0]);
   check_devices(op, args);
 }

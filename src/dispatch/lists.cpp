@@ -7,7 +7,9 @@
 #include "cpu/cpu.hpp"
 #ifdef MSA_WITH_CUDA
 #include "cuda/cuda.hpp"
+#include "cuda/sm90/indexed_attention_fused.hpp"
 #endif
+#include "dispatch/in_sequence.hpp"
 #include "reference/reference.hpp"
 
 namespace msa::dispatch {
@@ -44,6 +46,31 @@ constexpr List<SparseAttentionForward> kSparseAttentionForward[] = {
 #endif
     &cpu::kSparseAttentionForward,
     &reference::kSparseAttentionForward};
+constexpr auto kIndexedAttentionCpu =
+    in_sequence<&cpu::kIndexer, &cpu::kSparseAttentionForward>("cpu", "f32 f16 bf16 e4m3");
+constexpr auto kIndexedAttentionReference =
+    in_sequence<&reference::kIndexer, &reference::kSparseAttentionForward>("reference",
+                                                                           "f32 f16 bf16 e4m3");
+#ifdef MSA_WITH_CUDA
+constexpr auto kIndexedAttentionDecode =
+    in_sequence<&cuda::sm90::kIndexerDecode, &cuda::sm90::kSparseAttentionDecode>(
+        "cuda_sm90_decode", "f16 bf16, keys also e4m3");
+constexpr auto kIndexedAttentionSm90 =
+    in_sequence<&cuda::sm90::kIndexer, &cuda::sm90::kSparseAttentionForward>(
+        "cuda_sm90", "f16 bf16, keys also e4m3");
+constexpr auto kIndexedAttentionGeneric =
+    in_sequence<&cuda::generic::kIndexer, &cuda::generic::kSparseAttentionForward>(
+        "cuda_generic", "f32 f16 bf16, keys also e4m3");
+#endif
+constexpr List<IndexedAttentionForward> kIndexedAttentionForward[] = {
+#ifdef MSA_WITH_CUDA
+    &kIndexedAttentionDecode,
+    &cuda::sm90::kIndexedAttentionFused,  // by name only
+    &kIndexedAttentionSm90,
+    &kIndexedAttentionGeneric,
+#endif
+    &kIndexedAttentionCpu,
+    &kIndexedAttentionReference};
 constexpr List<DenseAttentionForward> kDenseAttentionForward[] = {
 #ifdef MSA_WITH_CUDA
     &cuda::generic::kDenseAttentionForward,
@@ -87,6 +114,10 @@ std::span<const List<Indexer>> implementations_of() {
 template <>
 std::span<const List<SparseAttentionForward>> implementations_of() {
   return kSparseAttentionForward;
+}
+template <>
+std::span<const List<IndexedAttentionForward>> implementations_of() {
+  return kIndexedAttentionForward;
 }
 template <>
 std::span<const List<DenseAttentionForward>> implementations_of() {

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "core/implementation.hpp"
+#include "core/indexed_attention.hpp"
 
 namespace msa::dispatch {
 
@@ -18,6 +19,7 @@ void for_each_operation(Visit visit) {
   visit(SelectTopK{});
   visit(Indexer{});
   visit(SparseAttentionForward{});
+  visit(IndexedAttentionForward{});
   visit(DenseAttentionForward{});
   visit(SparseAttentionBackward{});
   visit(IndexerKlBackward{});

@@ -4,7 +4,7 @@
 
 #include "core/check.hpp"
 #include "core/env.hpp"
-#include "core/operation.hpp"
+#include "core/indexed_attention.hpp"
 #include "dispatch/lists.hpp"
 #include "msa/backend.hpp"
 
@@ -120,6 +120,7 @@ MSA_INSTANTIATE(IndexerScores)
 MSA_INSTANTIATE(SelectTopK)
 MSA_INSTANTIATE(Indexer)
 MSA_INSTANTIATE(SparseAttentionForward)
+MSA_INSTANTIATE(IndexedAttentionForward)
 MSA_INSTANTIATE(DenseAttentionForward)
 MSA_INSTANTIATE(SparseAttentionBackward)
 MSA_INSTANTIATE(IndexerKlBackward)

@@ -73,6 +73,20 @@ TEST(AbiLayout, Operations) {
                  {{FIELD(msa_indexer, block_ids)}, 232},
                  {{FIELD(msa_indexer, index_k_codes)}, 336},
                  {{FIELD(msa_indexer, index_k_scales)}, 440}});
+  EXPECT_EQ(sizeof(msa_indexed_attention_forward), 1280u);
+  expect_layout({{{FIELD(msa_indexed_attention_forward, index_q)}, 24},
+                 {{FIELD(msa_indexed_attention_forward, index_k)}, 128},
+                 {{FIELD(msa_indexed_attention_forward, index_k_codes)}, 232},
+                 {{FIELD(msa_indexed_attention_forward, index_k_scales)}, 336},
+                 {{FIELD(msa_indexed_attention_forward, q)}, 440},
+                 {{FIELD(msa_indexed_attention_forward, k)}, 544},
+                 {{FIELD(msa_indexed_attention_forward, v)}, 648},
+                 {{FIELD(msa_indexed_attention_forward, softmax_scale)}, 752},
+                 {{FIELD(msa_indexed_attention_forward, block_ids)}, 760},
+                 {{FIELD(msa_indexed_attention_forward, out)}, 864},
+                 {{FIELD(msa_indexed_attention_forward, lse)}, 968},
+                 {{FIELD(msa_indexed_attention_forward, k_scale)}, 1072},
+                 {{FIELD(msa_indexed_attention_forward, v_scale)}, 1176}});
   EXPECT_EQ(sizeof(msa_sparse_attention_forward), 864u);
   expect_layout({{{FIELD(msa_sparse_attention_forward, q)}, 24},
                  {{FIELD(msa_sparse_attention_forward, k)}, 128},
@@ -159,6 +173,7 @@ TEST(AbiLayout, OperationsBeginAlike) {
   expect_head<msa_indexer_scores>();
   expect_head<msa_select_top_k>();
   expect_head<msa_indexer>();
+  expect_head<msa_indexed_attention_forward>();
   expect_head<msa_sparse_attention_forward>();
   expect_head<msa_dense_attention_forward>();
   expect_head<msa_sparse_attention_backward>();

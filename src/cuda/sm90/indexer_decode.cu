@@ -116,8 +116,7 @@ int grid_of(const Indexer& args) { return ctas_per_sm(args) * num_sms(args.index
 
 void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
   if (args.index_q.shape[0] == 0) return;
-  core::WorkspaceLayout layout(workspace.data());
-  const DecodeScoreParams params = score_params(args, lay_out(args, layout));
+  const auto [params, selection] = make_decode_params(args, workspace);
   const Problem& p = args.problem;
   const int grid = grid_of(args);
   switch (args.index_k.dtype) {
@@ -130,7 +129,7 @@ void run(const Indexer& args, std::span<std::byte> workspace, Stream stream) {
     default:
       run_decode_scores_e4m3(params, p.index_dim, grid, stream_of(stream));
   }
-  run_decode_select(select_params(args, params), p.num_kv_heads, stream_of(stream));
+  run_decode_select(selection, p.num_kv_heads, stream_of(stream));
 }
 
 constexpr const char* kScreenName = "cuda_sm90_decode_screened";
@@ -189,6 +188,12 @@ void run_screened(const Indexer& args, std::span<std::byte> workspace, Stream st
 }
 
 }  // namespace
+
+DecodeParams make_decode_params(const Indexer& args, std::span<std::byte> workspace) {
+  core::WorkspaceLayout layout(workspace.data());
+  const DecodeScoreParams scores = score_params(args, lay_out(args, layout));
+  return {scores, select_params(args, scores)};
+}
 
 std::size_t decode_score_smem(const DecodeScoreParams& params) {
   const auto rows = static_cast<std::size_t>(params.pass_rows);

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "cuda/common/batch.cuh"
 
@@ -53,6 +54,13 @@ struct DecodeSelectParams {
   int num_local_blocks;
 };
 inline constexpr int kDecodeTopK = 64;
+
+/// What cuda_sm90_decode calls its kernels with, for others that run them.
+struct DecodeParams {
+  DecodeScoreParams scores;
+  DecodeSelectParams selection;
+};
+DecodeParams make_decode_params(const Indexer& args, std::span<std::byte> workspace);
 
 void run_decode_select(const DecodeSelectParams& params, int heads, cudaStream_t stream);
 

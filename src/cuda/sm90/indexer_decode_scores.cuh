@@ -188,12 +188,12 @@ __device__ __forceinline__ void prefetch_metadata(const DecodeScoreParams& param
                    thread % lines * kLineEntries);
 }
 
+/// What part `cta` of `num_ctas` has to score of all visible blocks.
 template <class Element, class Operand, int kDim>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_scores_kernel(const __grid_constant__ DecodeScoreParams params) {
+__device__ __forceinline__ void score_share(const DecodeScoreParams& params, std::uint8_t* smem,
+                                            int cta, int num_ctas) {
   using Keys = DecodeKeys<Element, Operand, kDim>;
   constexpr int kPairs = Keys::kSteps / 2;
-  extern __shared__ __align__(16) std::uint8_t smem[];
   auto* const queries = reinterpret_cast<uint4*>(smem);  // [tiles of 8 rows][kPairs][32 lanes]
   auto* const maxima = reinterpret_cast<float*>(queries + params.pass_rows / 8 * kPairs * 32);
   auto* const ends = reinterpret_cast<int*>(maxima + 2 * kDecodeWarps * params.pass_rows);
@@ -204,14 +204,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int lane = thread % 32;
   const int key_row = warp * 16 + lane / 4;  // and + 8, of the block
 
-  ptx::let_dependents_start();
-  prefetch_metadata(params);
-  ptx::wait_for_dependencies();
   sum_items(params, ends, warp_sums);
   const int total = ends[params.batch.batch_size - 1];
-  const auto cta = static_cast<int>(blockIdx.x);
-  const int least = total / static_cast<int>(gridDim.x);
-  const int rest = total - least * static_cast<int>(gridDim.x);  // CTAs that have one more
+  const int least = total / num_ctas;
+  const int rest = total - least * num_ctas;  // CTAs that have one more
   const int begin = cta * least + min(cta, rest);
   const int end = begin + least + (cta < rest ? 1 : 0);
   if (begin == end) return;
@@ -321,6 +317,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     keys = next_keys;
     item = next_item;
   }
+}
+
+template <class Element, class Operand, int kDim>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    decode_scores_kernel(const __grid_constant__ DecodeScoreParams params) {
+  extern __shared__ __align__(16) std::uint8_t smem[];
+  ptx::let_dependents_start();
+  prefetch_metadata(params);
+  ptx::wait_for_dependencies();
+  score_share<Element, Operand, kDim>(params, smem, static_cast<int>(blockIdx.x),
+                                      static_cast<int>(gridDim.x));
 }
 
 template <class Element, class Operand>

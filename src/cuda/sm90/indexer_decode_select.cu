@@ -1,154 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exact top-k of decode: one CTA a row. Of 8192 scores at a time every thread holds 32. Groups of 4
-// threads (or 1, where more than 16 are wanted) find their largest; only the `wanted` groups whose
-// largest are the largest of all can hold one of the `wanted` largest scores. Their scores that
-// reach the least of those maxima, 16 * 128 or 64 * 32 at most and about `wanted` in practice, are
-// ranked by counting the larger ones. A score and its block make one key of 64 bits, so that no
-// two are equal and the lower block wins a tie.
+// Exact top-k of decode, one CTA a row: the kernels around indexer_decode_select.cuh.
 #include <cuda_runtime.h>
 
 #include "cuda/common/launch.hpp"
 #include "cuda/common/ptx/barrier.cuh"
 #include "cuda/common/support.hpp"
 #include "cuda/sm90/indexer_decode.hpp"
+#include "cuda/sm90/indexer_decode_select.cuh"
 #include "cuda/sm90/indexer_screen.hpp"
 
 namespace msa::cuda::sm90 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVectors = 8;  // float4 a thread and round
-constexpr int kRound = kThreads * kVectors * 4;
-
-using Key = unsigned long long;
-
-/// Ascending with the score, then descending with the block; both zeros are one value. Never 0.
-__device__ __forceinline__ Key key_of(float score, int block) {
-  const std::uint32_t bits = __float_as_uint(score == 0.0f ? 0.0f : score);
-  const std::uint32_t ordered = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-  return Key{ordered} << 32 | ~static_cast<std::uint32_t>(block);
-}
-__device__ __forceinline__ int block_of(Key key) {
-  return static_cast<int>(~static_cast<std::uint32_t>(key));
-}
-
-/// How many of keys[0, count) are larger than `key`; two at a time, so a last one is 0.
-__device__ __forceinline__ int rank_of(Key key, const Key* keys, int count) {
-  const auto* const pairs = reinterpret_cast<const ulonglong2*>(keys);
-  int rank = 0;
-#pragma unroll 8
-  for (int i = 0; i < (count + 1) / 2; ++i) {
-    const ulonglong2 pair = pairs[i];
-    rank += (pair.x > key ? 1 : 0) + (pair.y > key ? 1 : 0);
-  }
-  return rank;
-}
-
-struct Shared {
-  alignas(16) Key maxima[kThreads];
-  alignas(16) Key candidates[kDecodeTopK * (kVectors * 4 + 1) + 2];
-  Key best[kDecodeTopK];
-  Key least;  ///< of the `wanted` largest maxima
-  int num_candidates;
-};
-
-/// The `wanted` largest of scores[first..last], more than that many, into shared.best.
-__device__ void select(const float* scores, int first, int last, int wanted, Shared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lanes = wanted <= 16 ? 4 : 1;  // of a group
-  const int num_groups = kThreads / lanes;
-  int num_best = 0;
-  for (int round = first / 4 * 4; round <= last; round += kRound) {
-    float values[kVectors][4];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int block = round + (i * kThreads + thread) * 4;
-      float4 four{};
-      // Rows are padded to four scores.
-      if (block <= last) four = *reinterpret_cast<const float4*>(scores + block);
-      values[i][0] = four.x;
-      values[i][1] = four.y;
-      values[i][2] = four.z;
-      values[i][3] = four.w;
-    }
-    const auto for_each = [&](const auto& visit) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (round + i * kThreads * 4 > last) break;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int block = round + (i * kThreads + thread) * 4 + j;
-          if (block >= first && block <= last) visit(key_of(values[i][j], block));
-        }
-      }
-    };
-    Key maximum = 0;
-    for_each([&](Key key) { maximum = key > maximum ? key : maximum; });
-    Key of_group = maximum;
-    for (int distance = 1; distance < lanes; distance *= 2) {
-      const Key other = __shfl_xor_sync(~0u, of_group, distance);
-      of_group = other > of_group ? other : of_group;
-    }
-    if (thread % lanes == 0) shared.maxima[thread / lanes] = of_group;
-    if (thread < num_best) shared.candidates[thread] = shared.best[thread];
-    if (thread == 0) {
-      shared.least = 0;
-      shared.num_candidates = num_best;
-    }
-    __syncthreads();
-    if (thread < num_groups) {
-      const Key own = shared.maxima[thread];
-      if (own != 0 && rank_of(own, shared.maxima, num_groups) == wanted - 1) shared.least = own;
-    }
-    __syncthreads();
-    const Key least = shared.least;
-    if (maximum != 0 && maximum >= least) {
-      for_each([&](Key key) {
-        if (key >= least) shared.candidates[atomicAdd(&shared.num_candidates, 1)] = key;
-      });
-    }
-    __syncthreads();
-    const int count = shared.num_candidates;
-    if (thread == 0) shared.candidates[count] = 0;
-    __syncthreads();
-    for (int i = thread; i < count; i += kThreads) {
-      const Key key = shared.candidates[i];
-      const int rank = rank_of(key, shared.candidates, count);
-      if (rank < wanted) shared.best[rank] = key;
-    }
-    num_best = min(count, wanted);
-    __syncthreads();
-  }
-}
-
-/// Which blocks of a row are forced and which compete.
-struct RowRange {
-  int batch_idx, num_visible, num_local;
-  int first, last;  ///< compete by score
-  int wanted;       ///< of those
-};
-
-__device__ __forceinline__ RowRange range_of(const DecodeSelectParams& params, std::int64_t row) {
-  const DeviceSequence sequence = sequence_of_query(params.batch, row);
-  const std::int64_t position = sequence.position(row - sequence.q_begin);
-  RowRange range{};
-  range.batch_idx = static_cast<int>(sequence.batch_idx);
-  range.num_visible = position < 0 || sequence.k_len == 0
-                          ? 0
-                          : static_cast<int>(min(position, sequence.k_len - 1) / kDecodeBlock) + 1;
-  range.num_local = min(params.num_local_blocks, range.num_visible);
-  range.first = min(params.num_init_blocks, range.num_visible - range.num_local);
-  range.last = range.num_visible - range.num_local - 1;
-  range.wanted = params.top_k - range.num_local - range.first;
-  return range;
-}
-
 /// A row's survivors: blocks whose upper bound reaches the `wanted`-th largest lower bound.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSelectThreads)
     screen_survivors_kernel(const __grid_constant__ ScreenParams params,
                             const __grid_constant__ DecodeSelectParams selection) {
-  __shared__ Shared shared;
+  __shared__ SelectShared shared;
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t row = blockIdx.x;
   ptx::let_dependents_start();
@@ -163,13 +32,13 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();  // everyone has it before scores change
   // Bounds are asked for several at a time: no load waits for the one before, or for the marks.
   constexpr int kBatch = 8;
-  for (int begin = range.first + thread; begin <= range.last; begin += kBatch * kThreads) {
+  for (int begin = range.first + thread; begin <= range.last; begin += kBatch * kSelectThreads) {
     float bounds[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) bounds[i] = upper[min(begin + i * kThreads, range.last)];
+    for (int i = 0; i < kBatch; ++i) bounds[i] = upper[min(begin + i * kSelectThreads, range.last)];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int block = begin + i * kThreads;
+      const int block = begin + i * kSelectThreads;
       if (block > range.last) break;
       scores[block] = -INFINITY;
       if (bounds[i] < least) continue;
@@ -181,32 +50,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSelectThreads)
     decode_select_kernel(const __grid_constant__ DecodeSelectParams params) {
-  __shared__ Shared shared;
-  const int thread = static_cast<int>(threadIdx.x);
+  __shared__ SelectShared shared;
   const std::int64_t row = blockIdx.x;
   const std::int64_t head = blockIdx.y;
   ptx::let_dependents_start();
   ptx::wait_for_dependencies();
-  const auto [batch_idx, num_visible, num_local, first, last, wanted] = range_of(params, row);
   std::int32_t* const ids = params.ids + head * params.id_head_stride + row * params.id_row_stride;
-  if (num_visible <= params.top_k) {
-    if (thread < params.top_k) ids[thread] = thread < num_visible ? thread : -1;
-    return;
-  }
-  if (wanted > 0) {
-    select(params.scores + head * params.head_stride + row * params.row_stride, first, last, wanted,
-           shared);
-  }
-  if (thread < first) ids[thread] = thread;
-  if (thread < wanted) {
-    const int block = block_of(shared.best[thread]);
-    int lower = 0;
-    for (int i = 0; i < wanted; ++i) lower += block_of(shared.best[i]) < block ? 1 : 0;
-    ids[first + lower] = block;
-  }
-  if (thread < num_local) ids[first + wanted + thread] = num_visible - num_local + thread;
+  select_row(params, row, head, range_of(params, row), shared,
+             [&](int slot, std::int32_t id) { ids[slot] = id; });
 }
 
 }  // namespace
@@ -214,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 void run_decode_select(const DecodeSelectParams& params, int heads, cudaStream_t stream) {
   launch(decode_select_kernel,
          {.grid = dim3(static_cast<unsigned>(params.batch.total_q), static_cast<unsigned>(heads)),
-          .threads = kThreads,
+          .threads = kSelectThreads,
           .dependent = true},
          stream, params);
 }
@@ -223,7 +76,7 @@ void run_screen_survivors(const ScreenParams& params, const DecodeSelectParams& 
                           cudaStream_t stream) {
   launch(screen_survivors_kernel,
          {.grid = dim3(static_cast<unsigned>(select.batch.total_q), static_cast<unsigned>(heads)),
-          .threads = kThreads,
+          .threads = kSelectThreads,
           .dependent = true},
          stream, params, select);
 }

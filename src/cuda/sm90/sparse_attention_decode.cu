@@ -35,9 +35,11 @@ std::optional<std::string> declines(const SparseAttentionForward& args, const Op
   return std::nullopt;
 }
 
+}  // namespace
+
 /// CTAs that share a token and KV head: as many as have an SM each. Measured with 4 KV heads at
 /// 128K tokens: 8 requests take 130 us a step with 4 splits, 140 with 2 and 139 with 8.
-int num_splits(const SparseAttentionForward& args) {
+int decode_splits(const SparseAttentionForward& args) {
   const std::int64_t items = args.q.shape[0] * args.problem.num_kv_heads;
   const std::int64_t room = num_sms(args.q.device.index);
   int splits = 1;
@@ -47,8 +49,6 @@ int num_splits(const SparseAttentionForward& args) {
   }
   return splits;
 }
-
-}  // namespace
 
 const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionDecode = {
     .name = "cuda_sm90_decode",
@@ -63,7 +63,7 @@ const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionDecode
           const auto start = args.q.dtype == DType::bf16
                                  ? (narrow ? launch_decode_bf16_e4m3 : launch_decode_bf16)
                                  : (narrow ? launch_decode_f16_e4m3 : launch_decode_f16);
-          const int splits = num_splits(args);
+          const int splits = decode_splits(args);
           const std::int64_t ctas = args.q.shape[0] * args.problem.num_kv_heads * splits;
           // A CTA that has an SM to itself, or a block, has 8 warps; 4 splits of 8 warps took 137
           // us where 4 warps took 130.

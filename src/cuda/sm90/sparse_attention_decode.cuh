@@ -190,34 +190,11 @@ __device__ __forceinline__ void cluster_sync() {
 
 inline constexpr int kDecodeWarpsPerSm = 8;  // of 255 registers
 
-template <class T, class Element, int kDim, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
-    sparse_attention_decode_kernel(const __grid_constant__ AttentionParams g) {
-  using Fragments = DecodeFragments<T, Element, kDim>;
-  constexpr int kLaneDims = kDim / 32;
-  using LaneVector = std::conditional_t<kLaneDims == 4, float4, float2>;
-  extern __shared__ __align__(16) std::uint8_t smem[];
-  auto& merge = *reinterpret_cast<DecodeMerge<kDim, kWarps>*>(smem);
-  __shared__ DecodeBlock blocks[kDecodeAttentionSlots];
-
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / 32;
-  const int lane = thread % 32;
-  const int num_splits = static_cast<int>(ptx::cluster_size());
-  const int split = static_cast<int>(ptx::cluster_cta_rank());
-  const std::int64_t row = blockIdx.x / num_splits;
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const int head0 = kv_head * g.group_size;
-
-  ptx::let_dependents_start();
-  if (thread == 0 && g.batch.seq_lens_k != nullptr) ptx::prefetch_l2(g.batch.seq_lens_k);
-  if (thread < g.group_size) ptx::prefetch_l2(g.q_row(row, head0 + thread));
-  if (kDim == 128 && thread >= 16 && thread < 16 + g.group_size) {
-    ptx::prefetch_l2(g.q_row(row, head0 + thread - 16) + 128);
-  }
-  ptx::wait_for_dependencies();
-  // Steps of q as the lane multiplies them: 4 dimensions each of rows lane / 4 and + 8.
-  std::uint32_t q[Fragments::kSteps][4];
+/// Steps of q as a lane multiplies them: 4 dimensions each of rows lane / 4 and + 8.
+template <class Fragments>
+__device__ __forceinline__ void load_queries(const AttentionParams& g, std::int64_t row, int head0,
+                                             std::uint32_t (&q)[Fragments::kSteps][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = lane / 4 + 8 * half;
@@ -234,11 +211,27 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
       q[step + 1][2 + half] = eight.w;
     }
   }
-  const DeviceSequence sequence = sequence_of_query(g.batch, row);
+}
+
+/// Attention of a token and KV head on every num_splits-th of its blocks from `split` on, of which
+/// id_of(slot) is one, and the merge with the other CTAs of the cluster.
+template <class T, class Element, int kDim, int kWarps, class IdOf>
+__device__ __forceinline__ void attend_share(
+    const AttentionParams& g, std::uint8_t* smem, DecodeBlock (&blocks)[kDecodeAttentionSlots],
+    const std::uint32_t (&q)[DecodeFragments<T, Element, kDim>::kSteps][4],
+    const DeviceSequence& sequence, std::int64_t row, int kv_head, int split, int num_splits,
+    const IdOf& id_of) {
+  using Fragments = DecodeFragments<T, Element, kDim>;
+  constexpr int kLaneDims = kDim / 32;
+  using LaneVector = std::conditional_t<kLaneDims == 4, float4, float2>;
+  auto& merge = *reinterpret_cast<DecodeMerge<kDim, kWarps>*>(smem);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int head0 = kv_head * g.group_size;
   const int num_slots = (g.top_k - split + num_splits - 1) / num_splits;
   for (int i = thread; i < num_slots; i += kWarps * 32) {
-    const std::int64_t id = g.block_ids[kv_head * g.ids_head_stride + row * g.ids_token_stride +
-                                        split + i * num_splits];
+    const std::int64_t id = id_of(split + i * num_splits);
     const std::int64_t first = id << g.k.block_shift;
     DecodeBlock block{};
     // The page does not wait for the sequence's length, which may still be under way.
@@ -390,6 +383,36 @@ __global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
     store(r, ml, o);
   }
   cluster_sync();  // others read this CTA's shared memory until here
+}
+
+template <class T, class Element, int kDim, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kDecodeWarpsPerSm / kWarps)
+    sparse_attention_decode_kernel(const __grid_constant__ AttentionParams g) {
+  using Fragments = DecodeFragments<T, Element, kDim>;
+  extern __shared__ __align__(16) std::uint8_t smem[];
+  __shared__ DecodeBlock blocks[kDecodeAttentionSlots];
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int num_splits = static_cast<int>(ptx::cluster_size());
+  const int split = static_cast<int>(ptx::cluster_cta_rank());
+  const std::int64_t row = blockIdx.x / num_splits;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const int head0 = kv_head * g.group_size;
+
+  ptx::let_dependents_start();
+  if (thread == 0 && g.batch.seq_lens_k != nullptr) ptx::prefetch_l2(g.batch.seq_lens_k);
+  if (thread < g.group_size) ptx::prefetch_l2(g.q_row(row, head0 + thread));
+  if (kDim == 128 && thread >= 16 && thread < 16 + g.group_size) {
+    ptx::prefetch_l2(g.q_row(row, head0 + thread - 16) + 128);
+  }
+  ptx::wait_for_dependencies();
+  std::uint32_t q[Fragments::kSteps][4];
+  load_queries<Fragments>(g, row, head0, q);
+  const DeviceSequence sequence = sequence_of_query(g.batch, row);
+  attend_share<T, Element, kDim, kWarps>(
+      g, smem, blocks, q, sequence, row, kv_head, split, num_splits, [&](int slot) {
+        return g.block_ids[kv_head * g.ids_head_stride + row * g.ids_token_stride + slot];
+      });
 }
 
 template <class T, class Element, int kDim, int kWarps>

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "msa/ops.hpp"
+
 namespace msa::cuda {
 struct AttentionParams;
 }
@@ -17,6 +19,9 @@ struct DecodeSplit {
   int ctas;   ///< a power of two
   bool wide;  ///< CTAs of 8 warps, not 4
 };
+
+/// CTAs that share a token and KV head.
+int decode_splits(const SparseAttentionForward& args);
 
 /// Queries of the first type, keys and values of the second where there is one.
 void launch_decode_bf16(const AttentionParams& params, int num_kv_heads, DecodeSplit split,
