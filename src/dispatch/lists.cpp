@@ -30,8 +30,8 @@ constexpr List<SelectTopK> kSelectTopK[] = {
     &cpu::kSelectTopK, &reference::kSelectTopK};
 constexpr List<Indexer> kIndexer[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kIndexerDecode,
     &cuda::sm90::kIndexerDecodeScreened,
+    &cuda::sm90::kIndexerDecode,
     &cuda::sm90::kIndexer,
     &cuda::generic::kIndexer,
 #endif
