@@ -34,6 +34,7 @@ TABLES = (
     ("h100-decode", "h100/decode_summary.json", "gpu_decode", "targets_table"),
     ("h100-decode-rows", "h100/decode-*.json", "gpu_decode", "rows_table"),
     ("h100-train", "h100/train_summary.json", "gpu_train", "targets_table"),
+    ("h100-train-rows", "h100/train-*.json", "gpu_prefill", "rows_table"),
     ("h100-rows", "h100/prefill-*.json", "gpu_prefill", "rows_table"),
 )
 DOCUMENTS = ("README.md", "bench/results/cpu/README.md", "bench/results/h100/README.md")
