@@ -124,7 +124,7 @@ TEST_F(Cli, InfoReports) {
   const nlohmann::json json = report("info.json");
   expect_head(json, "msa.info/1");
   EXPECT_EQ(json.at("backends").back().at("name"), "reference");
-  EXPECT_EQ(json.at("implementations").size(), 18u);
+  EXPECT_EQ(json.at("implementations").size(), 20u);
   EXPECT_EQ(json.at("model").at("num_sparse_layers"), 2);
   // 2 layers x (K and V of 2 heads x 128 + index K of 128) x 2 bytes
   EXPECT_EQ(json.at("model").at("cache_bytes_per_token_bf16"), 2 * (2 * 2 * 128 + 128) * 2);
@@ -155,8 +155,9 @@ TEST_F(Cli, VerifyReports) {
   }
   EXPECT_TRUE(has(result.output, "passed / failed"));
   EXPECT_TRUE(has(result.output, "DenseAttentionForward   cpu"));
-  EXPECT_TRUE(
-      has(result.output, "not checked on cpu: SparseAttentionBackward, IndexerKlBackward\n"));
+  EXPECT_TRUE(has(
+      result.output,
+      "not checked on cpu: IndexedAttentionForward, SparseAttentionBackward, IndexerKlBackward\n"));
   EXPECT_EQ(msa({"verify", "--filter", "no such case"}).status, 1);
   EXPECT_TRUE(has(msa({"verify", "--backend", "abacus"}).errors, "--backend is 'abacus'"));
 }
