@@ -86,6 +86,12 @@ struct BlockRows {
   std::int64_t num_tokens = 0;    ///< existing tokens, before causality; 0: page id out of range
 };
 
+/// The stride of an axis of one element is never taken and may be any number (tensors from outside
+/// hold such), so kernels that ask for rows ahead get 0 instead.
+inline std::int64_t taken_stride(const TensorView& view, std::size_t axis) {
+  return view.shape[axis] > 1 ? view.stride[axis] : 0;
+}
+
 /// `keys` is [total_k, heads, dim] or [num_pages, heads, block_size, dim]; `block` is
 /// sequence-relative and must lie below ceil(k_len / block_size).
 inline BlockRows block_rows(const TensorView& keys, const Batch& batch, std::int64_t block_size,
@@ -93,13 +99,13 @@ inline BlockRows block_rows(const TensorView& keys, const Batch& batch, std::int
   const std::int64_t num_tokens = std::min(block_size, sequence.k_len - block * block_size);
   if (!is_paged(batch)) {
     return {.offset = offset_of(keys, sequence.k_begin + block * block_size, head),
-            .token_stride = keys.stride[0],
+            .token_stride = taken_stride(keys, 0),
             .num_tokens = num_tokens};
   }
   const std::int64_t page = load_i32(batch.page_table, sequence.batch_idx, block);
   if (page < 0 || page >= keys.shape[0]) return {};
   return {.offset = offset_of(keys, page, head),
-          .token_stride = keys.stride[2],
+          .token_stride = taken_stride(keys, 2),
           .num_tokens = num_tokens};
 }
 

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "core/tensor.hpp"
 #include "msa/error.hpp"
 #include "tests/support/inputs.hpp"
@@ -138,6 +140,15 @@ TEST(BlockRows, RaggedAndPaged) {
     store_i32(paged.page_table.view(), bad, 1, 2);
     EXPECT_EQ(block_rows(paged_args.k, paged_args.batch, 16, second, 1, 2).num_tokens, 0);
   }
+}
+
+TEST(BlockRows, OneTokenHasNoStride) {
+  Inputs inputs(kRagged);
+  auto args = inputs.args<DenseAttentionForward>();
+  const Sequence sequence = Sequences(args)[0];
+  args.k.shape[0] = 1;
+  args.k.stride[0] = std::numeric_limits<std::int64_t>::max();
+  EXPECT_EQ(block_rows(args.k, args.batch, 16, sequence, 1, 0).token_stride, 0);
 }
 
 }  // namespace
