@@ -24,11 +24,12 @@ inline constexpr int kKeys = 128;
 inline constexpr int kGroup = 16;         // heads
 inline constexpr int kQueries = 32;       // at a time, a lane each
 inline constexpr int kOctet = 8;          // queries whose dS are finished at a time
-inline constexpr int kTileQueries = 4;    // of a product
+inline constexpr int kStudents = 16;      // queries of the student's product
+inline constexpr int kTileQueries = 4;    // of the teacher's
 inline constexpr int kTileHeads = kTileQueries * kGroup;
-inline constexpr int kConsumerWarps = 8;  // 16 tokens each; the producer follows
-inline constexpr int kConsumers = kConsumerWarps * 32;
-inline constexpr int kThreads = kConsumers + 32;
+inline constexpr int kWarps = 8;          // 16 tokens each; the first one also starts the loads
+inline constexpr int kThreads = kWarps * 32;
+inline constexpr int kTilesAhead = 2;     // of the one that is multiplied
 inline constexpr int kPanels = kDim / 64;
 inline constexpr std::uint32_t kStages = 4;
 inline constexpr std::uint32_t kKeyBytes = kKeys * kDim * 2;
@@ -43,8 +44,10 @@ inline constexpr std::uint32_t kStagesOfKeys = kKeyBytes / kTileBytes;
 inline constexpr std::uint32_t kK = kQ + (kStages - kStagesOfKeys) * kTileBytes;
 inline constexpr std::uint32_t kIndexQ = kQ + kStages * kTileBytes;
 inline constexpr std::uint32_t kLse = kIndexQ + kQueries * kDim * 2;  // two tiles of each warp
-inline constexpr std::uint32_t kLosses = kLse + kConsumerWarps * 2 * kLseBytes;
-inline constexpr std::uint32_t kKeysFull = kLosses + kConsumerWarps * sizeof(double);
+inline constexpr std::uint32_t kLimits = kLse + kWarps * 2 * kLseBytes;  // of each warp
+inline constexpr std::uint32_t kPairs = kLimits + kWarps * kQueries * 8;
+inline constexpr std::uint32_t kLosses = kPairs + kWarps * kQueries * 4;
+inline constexpr std::uint32_t kKeysFull = kLosses + kWarps * sizeof(double);
 inline constexpr std::uint32_t kQFull = kKeysFull + 8;
 inline constexpr std::uint32_t kQEmpty = kQFull + kStages * 8;
 inline constexpr std::uint32_t kIndexQFull = kQEmpty + kStages * 8;
@@ -64,58 +67,63 @@ __device__ __forceinline__ std::uint64_t q_descriptor(std::uint32_t address, int
 /// of two neighbouring queries.
 __device__ __forceinline__ int query_in_octet(int half, int in_tile) { return 2 * in_tile + half; }
 
-/// One warp; lane n has query n.
-__device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map,
-                                        const CUtensorMap& index_q_map,
-                                        const CUtensorMap& index_k_map, const Piece& piece,
-                                        std::uint32_t smem) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane == 0) {
-    const auto key = static_cast<int>(piece.key_block.sequence.k_begin + piece.first_token);
+/// The loads of a CTA, which one warp starts. Its lane n has row n of the 32 queries at hand, less
+/// than 0 for none.
+struct Loads {
+  const CUtensorMap& q_map;
+  const CUtensorMap& index_q_map;
+  int head;
+  std::uint32_t smem;
+
+  __device__ __forceinline__ void keys(const CUtensorMap& k_map, const CUtensorMap& index_k_map,
+                                       std::int64_t first_key) const {
+    if (threadIdx.x != 0) return;
+    const auto key = static_cast<int>(first_key);
     ptx::mbarrier_expect_tx(smem + kKeysFull, 2 * kKeyBytes);
-    ptx::tma_load_4d(smem + kK, &k_map, 0, key, 0, piece.head, smem + kKeysFull);
+    ptx::tma_load_4d(smem + kK, &k_map, 0, key, 0, head, smem + kKeysFull);
     ptx::tma_load_4d(smem + kIndexK, &index_k_map, 0, key, 0, 0, smem + kKeysFull);
   }
-  std::uint32_t use = 0;  // tiles so far
-  std::uint32_t turn = 0;
-  for (std::int64_t first = piece.begin; first < piece.end; first += kQueries, ++turn) {
-    const int count = static_cast<int>(min(std::int64_t{kQueries}, piece.end - first));
-    const int row = lane < count ? static_cast<int>(piece.queries[first + lane]) : 0;
+
+  /// Index queries of turn `turn`.
+  __device__ __forceinline__ void index_queries(std::uint32_t turn, int row) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     ptx::mbarrier_wait(smem + kIndexQEmpty, (turn & 1) ^ 1);
+    const int count = __popc(__ballot_sync(~0u, row >= 0));
     if (lane == 0) {
       ptx::mbarrier_expect_tx(smem + kIndexQFull, static_cast<std::uint32_t>(count) * kDim * 2);
     }
     __syncwarp();
-    if (lane < count) {
+    if (row < 0) return;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int to = (panel * kQueries + lane) * 128;
-        ptx::tma_load_4d(smem + kIndexQ + static_cast<std::uint32_t>(to), &index_q_map, 0,
-                         piece.head, panel, row, smem + kIndexQFull);
-      }
-    }
-    const int num_tiles = 2 * ((count + kOctet - 1) / kOctet);
-    for (int n = 0; n < num_tiles; ++n, ++use) {
-      const std::uint32_t stage = use % kStages;
-      const std::uint32_t full = smem + kQFull + stage * 8;
-      // Keys are what the last stages have to be rid of first.
-      const std::uint32_t fresh = stage < kStages - kStagesOfKeys ? 1 : 0;
-      ptx::mbarrier_wait(smem + kQEmpty + stage * 8, (use / kStages & 1) ^ fresh);
-      const int in_octet = lane - n / 2 * kOctet;
-      const bool loads = in_octet >= 0 && in_octet < kOctet && in_octet % 2 == n % 2 && lane < count;
-      const int tokens = __popc(__ballot_sync(~0u, loads));
-      if (lane == 0) {
-        ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(tokens) * kTokenBytes);
-      }
-      __syncwarp();
-      if (loads) {
-        ptx::tma_load_5d(smem + kQ + stage * kTileBytes +
-                             static_cast<std::uint32_t>(in_octet / 2) * kTokenBytes,
-                         &q_map, 0, 0, 0, piece.head * (kGroup / 8), row, full);
-      }
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int to = (panel * kQueries + lane) * 128;
+      ptx::tma_load_4d(smem + kIndexQ + static_cast<std::uint32_t>(to), &index_q_map, 0, head,
+                       panel, row, smem + kIndexQFull);
     }
   }
-}
+
+  /// Tile n of the 32 queries, the CTA's tile number `use`. Those that do not exist stay what they
+  /// were: nothing of theirs is used.
+  __device__ __forceinline__ void tile(std::uint32_t use, int n, int row) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::uint32_t stage = use % kStages;
+    const std::uint32_t full = smem + kQFull + stage * 8;
+    // Keys are what the last stages have to be rid of first.
+    const std::uint32_t fresh = stage < kStages - kStagesOfKeys ? 1 : 0;
+    ptx::mbarrier_wait(smem + kQEmpty + stage * 8, (use / kStages & 1) ^ fresh);
+    const bool loads = lane / kOctet == n / 2 && lane % 2 == n % 2 && row >= 0;
+    const int tokens = __popc(__ballot_sync(~0u, loads));
+    if (lane == 0) {
+      ptx::mbarrier_expect_tx(full, static_cast<std::uint32_t>(tokens) * kTokenBytes);
+    }
+    __syncwarp();
+    if (loads) {
+      ptx::tma_load_5d(smem + kQ + stage * kTileBytes +
+                           static_cast<std::uint32_t>(lane % kOctet / 2) * kTokenBytes,
+                       &q_map, 0, 0, 0, head * (kGroup / 8), row, full);
+    }
+  }
+};
 
 /// The lse of a tile's 4 queries x 16 heads goes through shared memory that is the warp's own: lane
 /// l loads heads 2 (l % 8) and the next of query l / 8, and needs heads 2 t, 2 t + 1, 8 + 2 t and
@@ -193,29 +201,65 @@ __device__ __forceinline__ uint2 four_in_order(std::uint32_t low, std::uint32_t 
   return odd ? uint2{beside, b} : uint2{a, beside};
 }
 
+/// What finish_octet asks of a query, in shared memory that is the warp's own.
+struct Limit {
+  int tokens;  ///< of the block that the query sees; 0: no such query
+  float lse;   ///< of the student, base 2
+};
+
+/// Lane n tells of query n: `row`, or less than 0 for none.
+__device__ __forceinline__ void share_query(const Params& g, int head, int block,
+                                            std::int64_t first_slot, int first_limit,
+                                            int num_tokens, int row, Limit* limits, int* pairs) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int pair = -1;
+  Limit limit{0, 0.0f};
+  if (row >= 0) {
+    std::int64_t slot = first_slot;
+    bool found = true;
+    if (g.block_ids != nullptr) {
+      const std::int32_t* const ids =
+          g.block_ids + head * g.ids_head_stride + row * g.ids_token_stride;
+      int at = g.top_k;
+      // To the end in any case, so that several loads are under way.
+#pragma unroll 4
+      for (int i = 0; i < g.top_k; ++i) {
+        if (ids[i] == block) at = min(at, i);
+      }
+      found = at < g.top_k;
+      slot += std::int64_t{at} * g.pieces_per_block;
+    }
+    const int tokens = found ? max(0, min(row + first_limit, num_tokens)) : 0;
+    if (tokens > 0) {
+      limit = {tokens, g.student_lse[std::int64_t{row} * g.num_kv_heads + head]};
+      pair = static_cast<int>(g.pair(row, head, slot));
+    }
+  }
+  limits[lane] = limit;
+  pairs[lane] = pair;
+}
+
 /// dS of an octet, from sums[half] of both tiles and the student's products: accumulator 2 r + e is
 /// token lane / 4 + 8 r of the warp's and query 2 (lane % 4) + e, as sums[e][r] are. Returns the
 /// lane's share of the loss, base 2.
 template <class T>
 __device__ __forceinline__ float finish_octet(const Params& g, const float (&sums)[2][2],
-                                              const float* student, const Query& own,
-                                              float own_lse, int octet) {
+                                              const float* student, const Limit* limits,
+                                              const int* pairs) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int token = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
   float loss = 0.0f;
   float ds[2][2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int query = octet * kOctet + query_in_octet(e, lane % 4);
-    const int limit = __shfl_sync(~0u, own.limit, query);
-    const float lse = __shfl_sync(~0u, own_lse, query);
+    const Limit limit = limits[query_in_octet(e, lane % 4)];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float p = sums[e][r] * (1.0f / kGroup);
       // log P_idx = score - lse stays finite where P_idx underflows.
-      const float log_student = difference_of(student[2 * r + e], g.student_scale, lse);
-      const float p_student = lse == -INFINITY ? 0.0f : probability(log_student);
-      const bool visible = token + 8 * r < limit;
+      const float log_student = difference_of(student[2 * r + e], g.student_scale, limit.lse);
+      const float p_student = limit.lse == -INFINITY ? 0.0f : probability(log_student);
+      const bool visible = token + 8 * r < limit.tokens;
       ds[r][e] = visible ? (p_student - p) * g.ds_scale : 0.0f;
       if (visible && p != 0.0f) loss += p * (log2f(p) - log_student);
     }
@@ -223,10 +267,10 @@ __device__ __forceinline__ float finish_octet(const Params& g, const float (&sum
   if (g.dindex_q.data == nullptr) return loss;
   const uint2 four = four_in_order(ptx::transpose_8x8(ptx::pack<T>(ds[0][0], ds[0][1])),
                                    ptx::transpose_8x8(ptx::pack<T>(ds[1][0], ds[1][1])));
-  const int query = octet * kOctet + lane / 4;
-  const std::int64_t pair = __shfl_sync(~0u, own.pair, query);
-  if (__shfl_sync(~0u, own.limit, query) > 0) {
-    T* const to = static_cast<T*>(g.ds) + pair * kKeys + token / 16 * 16 + lane % 4 * 4;
+  const int pair = pairs[lane / 4];
+  if (pair >= 0) {
+    T* const to =
+        static_cast<T*>(g.ds) + std::int64_t{pair} * kKeys + token / 16 * 16 + lane % 4 * 4;
     *reinterpret_cast<uint2*>(to) = four;
   }
   return loss;
@@ -238,15 +282,15 @@ __device__ __forceinline__ double sum_of_cta(double x, char* smem) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   auto* const sums = reinterpret_cast<double*>(smem + kLosses);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  ptx::named_barrier_sync(1, kConsumers);
+  ptx::named_barrier_sync(1, kThreads);
   double sum = 0.0;
-  for (int warp = 0; warp < kConsumerWarps; ++warp) sum += sums[warp];
+  for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
   return sum;
 }
 
-/// Eight warps.
 template <class T>
-__device__ __forceinline__ void consume(const Params& g, const Piece& piece, char* smem_generic) {
+__device__ __forceinline__ void walk(const Params& g, const Piece& piece, const Loads& loads,
+                                     char* smem_generic) {
   const std::uint32_t smem = ptx::smem_address(smem_generic);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -254,17 +298,35 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, cha
   // Up to here a difference is known to within 2^-6, and no power is much above 1.
   constexpr float kLarge = 0x1p16f;
 
+  auto* const limits = reinterpret_cast<Limit*>(smem_generic + kLimits) + warp * kQueries;
+  auto* const pairs = reinterpret_cast<int*>(smem_generic + kPairs) + warp * kQueries;
+
+  // Of the piece, what is needed again and again, in few registers.
+  const QueryList& queries = piece.queries;
+  const int end = static_cast<int>(piece.end);
+  const int block = static_cast<int>(piece.key_block.block);
+  const int num_tokens = piece.num_tokens;
+  const int first_limit =  // of row 0, were it of the sequence
+      static_cast<int>(piece.key_block.sequence.position(-piece.key_block.sequence.q_begin) + 1 -
+                       piece.first_token);
+
   // Row and lse of queries are asked for ahead of the tile that needs them.
-  const auto row_at = [&](std::int64_t entry) {
-    return entry < piece.end ? static_cast<int>(piece.queries[entry]) : 0;
+  const auto row_at = [&](int entry) {
+    return entry < end ? static_cast<int>(queries[entry]) : -1;
   };
-  int row = row_at(piece.begin + lane);
-  int next_row = row_at(piece.begin + kQueries + lane);
+  int first = static_cast<int>(piece.begin);
+  int row = row_at(first + lane);
+  int next_row = row_at(first + kQueries + lane);
   const auto lse_of_tile = [&](int n) {
     const int query = n / 2 * kOctet + query_in_octet(n % 2, lane / 8);
-    return load_lse(g, piece.head, __shfl_sync(~0u, n < 8 ? row : next_row, query % kQueries));
+    return load_lse(g, piece.head,
+                    max(0, __shfl_sync(~0u, n < 8 ? row : next_row, query % kQueries)));
   };
   float2 lse = lse_of_tile(0);
+  if (warp == 0) {
+    loads.index_queries(0, row);
+    for (int n = 0; n < kTilesAhead; ++n) loads.tile(static_cast<std::uint32_t>(n), n, row);
+  }
 
   ptx::mbarrier_wait(smem + kKeysFull, 0);
   std::uint32_t k[kDim / 16][4];
@@ -296,50 +358,71 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, cha
   };
   double loss = 0.0;
 #pragma unroll 1
-  for (std::int64_t first = piece.begin; first < piece.end; first += kQueries, ++turn) {
-    const int count = static_cast<int>(min(std::int64_t{kQueries}, piece.end - first));
-    float student[kQueries / 2];
+  for (; first < end; first += kQueries, ++turn) {
+    const int count = min(kQueries, end - first);
     ptx::mbarrier_wait(smem + kIndexQFull, turn & 1);
-    ptx::wgmma_fence();
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kStudents) {
+      float student[kStudents / 2];
+      ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      const auto number = static_cast<std::uint32_t>(step);
-      const auto rows = static_cast<std::uint32_t>(warp / 4 * 64 * 128);
-      ptx::Wgmma<T, kQueries>::template ss<0>(
-          student,
-          ptx::advance(ptx::k_major_descriptor(smem + kIndexK + rows), k_major_step(kKeys, number)),
-          ptx::advance(ptx::k_major_descriptor(smem + kIndexQ), k_major_step(kQueries, number)),
-          step != 0);
-    }
-    ptx::wgmma_commit();
-    start_tile();
-    const Query own = query_at(g, piece, first + lane);
-    const float own_lse =
-        own.limit > 0 ? g.student_lse[own.row * g.num_kv_heads + piece.head] : 0.0f;
-    ptx::wgmma_wait<1>();
-    ptx::pin(student);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(smem + kIndexQEmpty);
-#pragma unroll
-    for (int octet = 0; octet < kQueries / kOctet; ++octet) {
-      if (octet * kOctet >= count) break;
-      float sums[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half, ++use) {
-        if (octet + half > 0) start_tile();
-        const bool large = __any_sync(~0u, fabsf(lse.x) > kLarge || fabsf(lse.y) > kLarge);
-        char* const slot = lse_slots + half * static_cast<int>(kLseBytes);
-        share_lse(slot, lse);
-        __syncwarp();
-        lse = lse_of_tile(2 * octet + half + 1);
-        ptx::wgmma_wait<0>();
-        ptx::pin(s);
-        if (lane == 0) ptx::mbarrier_arrive(smem + kQEmpty + use % kStages * 8);
-        sum_heads(sums[half], s, slot, large, g.teacher_scale);
+      for (int step = 0; step < kDim / 16; ++step) {
+        const auto number = static_cast<std::uint32_t>(step);
+        const auto keys = static_cast<std::uint32_t>(warp / 4 * 64 * 128);
+        const auto rows = static_cast<std::uint32_t>(begin * 128);
+        ptx::Wgmma<T, kStudents>::template ss<0>(
+            student,
+            ptx::advance(ptx::k_major_descriptor(smem + kIndexK + keys),
+                         k_major_step(kKeys, number)),
+            ptx::advance(ptx::k_major_descriptor(smem + kIndexQ + rows),
+                         k_major_step(kQueries, number)),
+            step != 0);
       }
-      loss += static_cast<double>(
-          finish_octet<T>(g, sums, student + 4 * octet, own, own_lse, octet));
+      ptx::wgmma_commit();
+      if (begin == 0) {
+        share_query(g, piece.head, block, piece.first_slot, first_limit, num_tokens, row, limits,
+                    pairs);
+      }
+      ptx::wgmma_wait<0>();
+      ptx::pin(student);
+      __syncwarp();
+      if (lane == 0 && begin + kStudents >= count) ptx::mbarrier_arrive(smem + kIndexQEmpty);
+#pragma unroll
+      for (int octet = 0; octet < kStudents / kOctet; ++octet) {
+        const int query = begin + octet * kOctet;
+        if (query >= count) break;
+        float sums[2][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half, ++use) {
+          start_tile();
+          const int n = query / kOctet * 2 + half;
+          if (warp == 0) {
+            // Of the next turn, behind its index queries.
+            const bool beyond = n + kTilesAhead >= kQueries / kTileQueries;
+            if (beyond && half == 0 && first + kQueries < end) {
+              loads.index_queries(turn + 1, next_row);
+            }
+            const int next = (n + kTilesAhead) % (kQueries / kTileQueries);
+            if ((beyond ? first + kQueries : first) + next / 2 * kOctet < end) {
+              loads.tile(use + kTilesAhead, next, beyond ? next_row : row);
+            }
+          }
+          const bool large = __any_sync(~0u, fabsf(lse.x) > kLarge || fabsf(lse.y) > kLarge);
+          char* const slot = lse_slots + half * static_cast<int>(kLseBytes);
+          share_lse(slot, lse);
+          __syncwarp();
+          lse = lse_of_tile(n + 1);
+          ptx::wgmma_wait<0>();
+          ptx::pin(s);
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(smem + kQEmpty + use % kStages * 8);
+          sum_heads(sums[half], s, slot, large, g.teacher_scale);
+        }
+        loss += static_cast<double>(
+            finish_octet<T>(g, sums, student + 4 * octet, limits + query, pairs + query));
+      }
     }
+    __syncwarp();  // limits and pairs are written again
     row = next_row;
     next_row = row_at(first + 2 * kQueries + lane);
   }
@@ -350,7 +433,7 @@ __device__ __forceinline__ void consume(const Params& g, const Piece& piece, cha
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     score_gradients_kernel(const __grid_constant__ CUtensorMap q_map,
                            const __grid_constant__ CUtensorMap k_map,
                            const __grid_constant__ CUtensorMap index_q_map,
@@ -367,18 +450,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init(smem + kKeysFull, 1);
     for (std::uint32_t stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(smem + kQFull + stage * 8, 1);
-      ptx::mbarrier_init(smem + kQEmpty + stage * 8, kConsumerWarps);
+      ptx::mbarrier_init(smem + kQEmpty + stage * 8, kWarps);
     }
     ptx::mbarrier_init(smem + kIndexQFull, 1);
-    ptx::mbarrier_init(smem + kIndexQEmpty, kConsumerWarps);
+    ptx::mbarrier_init(smem + kIndexQEmpty, kWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  if (__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0) == kConsumerWarps) {
-    produce(q_map, k_map, index_q_map, index_k_map, piece, smem);
-  } else {
-    consume<T>(g, piece, smem_generic);
-  }
+  const Loads loads{q_map, index_q_map, piece.head, smem};
+  loads.keys(k_map, index_k_map, piece.key_block.sequence.k_begin + piece.first_token);
+  walk<T>(g, piece, loads, smem_generic);
 }
 
 }  // namespace msa::cuda::sm90::key_rows
