@@ -128,11 +128,26 @@ struct Loads {
 /// The lse of a tile's 4 queries x 16 heads goes through shared memory that is the warp's own: lane
 /// l loads heads 2 (l % 8) and the next of query l / 8, and needs heads 2 t, 2 t + 1, 8 + 2 t and
 /// 9 + 2 t of every query, t being l % 4.
-__device__ __forceinline__ float2 load_lse(const Params& g, int head, int row) {
-  const int first = head * kGroup + static_cast<int>(threadIdx.x) % 8 * 2;
-  return {g.lse_of(row, first), g.lse_of(row, first + 1)};
-}
-__device__ __forceinline__ void share_lse(char* slot, float2 lse) {
+struct LseRows {
+  const float* data;  ///< row 0 of the lane's first head
+  std::int64_t token_stride;
+  std::int64_t head_stride;
+  float scale;  ///< to base 2
+
+  __device__ __forceinline__ LseRows(const Params& g, int head) {
+    const bool given = g.given_lse != nullptr;
+    token_stride = given ? g.lse_token_stride : g.num_kv_heads * kGroup;
+    head_stride = given ? g.lse_head_stride : 1;
+    scale = given ? 1.44269504088896341f : 1.0f;
+    data = (given ? g.given_lse : g.teacher_lse) +
+           (head * kGroup + static_cast<int>(threadIdx.x) % 8 * 2) * head_stride;
+  }
+  __device__ __forceinline__ float2 operator[](int row) const {
+    const float* const from = data + row * token_stride;
+    return {from[0], from[head_stride]};
+  }
+};
+__device__ __forceinline__ void put_lse(char* slot, float2 lse) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   reinterpret_cast<float2*>(slot)[lane / 8 * 8 + lane % 4 * 2 + lane % 8 / 4] = lse;
 }
@@ -317,12 +332,12 @@ __device__ __forceinline__ void walk(const Params& g, const Piece& piece, const 
   int first = static_cast<int>(piece.begin);
   int row = row_at(first + lane);
   int next_row = row_at(first + kQueries + lane);
+  const LseRows lse_rows(g, piece.head);
   const auto lse_of_tile = [&](int n) {
     const int query = n / 2 * kOctet + query_in_octet(n % 2, lane / 8);
-    return load_lse(g, piece.head,
-                    max(0, __shfl_sync(~0u, n < 8 ? row : next_row, query % kQueries)));
+    return lse_rows[max(0, __shfl_sync(~0u, n < 8 ? row : next_row, query % kQueries))];
   };
-  float2 lse = lse_of_tile(0);
+  float2 next_lse = lse_of_tile(0);
   if (warp == 0) {
     loads.index_queries(0, row);
     for (int n = 0; n < kTilesAhead; ++n) loads.tile(static_cast<std::uint32_t>(n), n, row);
@@ -407,11 +422,12 @@ __device__ __forceinline__ void walk(const Params& g, const Piece& piece, const 
               loads.tile(use + kTilesAhead, next, beyond ? next_row : row);
             }
           }
+          const float2 lse = {next_lse.x * lse_rows.scale, next_lse.y * lse_rows.scale};
           const bool large = __any_sync(~0u, fabsf(lse.x) > kLarge || fabsf(lse.y) > kLarge);
           char* const slot = lse_slots + half * static_cast<int>(kLseBytes);
-          share_lse(slot, lse);
+          put_lse(slot, lse);
           __syncwarp();
-          lse = lse_of_tile(n + 1);
+          next_lse = lse_of_tile(n + 1);
           ptx::wgmma_wait<0>();
           ptx::pin(s);
           __syncwarp();
