@@ -45,8 +45,8 @@ struct Params {
   float* dindex_q_parts;       ///< [pairs][index_dim], with gradients
   double* losses;  ///< [total_q][num_kv_heads], or one of each CTA of the score gradients' grid
   std::int64_t num_losses;
-  float* dindex_k_sums;        ///< [num_kv_heads][total_k][index_dim], with gradients
-  Rows dindex_q;               ///< data is null without gradients
+  float* dindex_k_sums;  ///< [num_kv_heads][total_k][index_dim], with gradients
+  Rows dindex_q;         ///< data is null without gradients
   Rows dindex_k;
   std::byte* loss;                   ///< or null
   bool wide_loss;                    ///< f64, else f32
