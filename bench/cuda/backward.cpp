@@ -145,7 +145,8 @@ class Part {
   std::optional<Plan<Args>> plan_;
 };
 
-PreparedCase prepare(std::int64_t num_tokens, const Step& step, const Options& options) {
+PreparedCase prepare(std::int64_t num_tokens, const Step& step, const Options& options,
+                     const Options& kl_options) {
   const auto sequence = std::make_shared<Sequence>(num_tokens);
   if (step.backward) sequence->add_backward();
   if (step.kl) sequence->add_kl();
@@ -153,7 +154,7 @@ PreparedCase prepare(std::int64_t num_tokens, const Step& step, const Options& o
   Part<SparseAttentionBackward> backward;
   Part<IndexerKlBackward> kl;
   if (step.backward) backward = {sequence->backward(), options};
-  if (step.kl) kl = {sequence->kl(), options};
+  if (step.kl) kl = {sequence->kl(), kl_options};
   // They take turns in the same memory.
   const auto workspace = std::make_shared<DeviceMemory>(
       std::max({forward.workspace_bytes(), backward.workspace_bytes(), kl.workspace_bytes()}));
@@ -187,9 +188,11 @@ std::vector<BenchCase> backward_cases() {
     const char* name;
     Step step;
     bool deterministic = true;
+    const char* kl_backend = nullptr;  ///< by name only; null: as the options say
   } rows[] = {{"forward", {.forward = true}},
               {"backward", {.backward = true}},
               {"kl", {.kl = true}},
+              {"kl.key_rows", {.kl = true}, true, "cuda_sm90_key_rows"},
               {"total", {.forward = true, .backward = true, .kl = true}},
               {"total.default", {.forward = true, .backward = true, .kl = true}, false}};
   std::vector<BenchCase> cases;
@@ -200,7 +203,11 @@ std::vector<BenchCase> backward_cases() {
                        [row, num_tokens = num_tokens](const Options& options) {
                          Options chosen = options;
                          chosen.deterministic = row.deterministic;
-                         return prepare(num_tokens, row.step, chosen);
+                         Options of_kl = chosen;
+                         if (row.kl_backend != nullptr && of_kl.backend == nullptr) {
+                           of_kl.backend = row.kl_backend;
+                         }
+                         return prepare(num_tokens, row.step, chosen, of_kl);
                        }});
     }
   }

@@ -15,6 +15,7 @@ extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentio
 extern const msa::detail::Implementation<SparseAttentionForward> kSparseAttentionForwardKvOuter;
 extern const msa::detail::Implementation<SparseAttentionBackward> kSparseAttentionBackward;
 extern const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward;
+extern const msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackwardKeyRows;
 }  // namespace msa::cuda::sm90
 namespace msa::cuda::generic {
 extern const msa::detail::Implementation<IndexerScores> kIndexerScores;

@@ -83,7 +83,9 @@ constexpr List<SparseAttentionBackward> kSparseAttentionBackward[] = {
     &cpu::kSparseAttentionBackward, &reference::kSparseAttentionBackward};
 constexpr List<IndexerKlBackward> kIndexerKlBackward[] = {
 #ifdef MSA_WITH_CUDA
-    &cuda::sm90::kIndexerKlBackward, &cuda::generic::kIndexerKlBackward,
+    &cuda::sm90::kIndexerKlBackward,
+    &cuda::sm90::kIndexerKlBackwardKeyRows,  // by name only
+    &cuda::generic::kIndexerKlBackward,
 #endif
     &cpu::kIndexerKlBackward, &reference::kIndexerKlBackward};
 constexpr List<AppendKv> kAppendKv[] = {

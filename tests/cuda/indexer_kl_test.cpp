@@ -64,8 +64,8 @@ TEST_P(GpuIndexerKl, MatchesTheReference) {
   const Problem& p = inputs.spec.problem;
   const bool m3 = p.head_dim == 128 && p.index_dim == 128 && p.block_size >= 128 &&
                   p.group_size() == 16 && inputs.spec.row_gap % 8 == 0;
-  for (const char* backend : {"cuda_generic", "cuda_sm90"}) {
-    if (backend == std::string("cuda_sm90") && !m3) continue;
+  for (const char* backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_key_rows"}) {
+    if (backend != std::string("cuda_generic") && !m3) continue;
     for (const bool warm_up : {false, true}) {
       inputs.warm_up = warm_up;
       const Outcome outcome =
@@ -156,7 +156,7 @@ TEST(GpuIndexerKlOutputs, AQueryThatIsNotFiniteReachesWhatItSees) {
     inputs.index_q.seal();
     for (const bool warm_up : {false, true}) {
       inputs.warm_up = warm_up;
-      for (const char* backend : {"cuda_generic", "cuda_sm90"}) {
+      for (const char* backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_key_rows"}) {
         const Outcome outcome = verify<IndexerKlBackward>(inputs, backend, {.num_runs = 1});
         EXPECT_EQ(outcome.status, Outcome::Status::passed) << backend << ": " << outcome.detail;
       }

@@ -141,8 +141,9 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
     Totals::get().add(backend, operation, spec, outcome);
     EXPECT_TRUE(outcome.ok()) << backend << ' ' << operation << ": " << outcome.detail;
   };
-  for (const std::string backend : {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer",
-                                    "cuda_sm90_decode", "cuda_sm90_decode_screened"}) {
+  for (const std::string backend :
+       {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer", "cuda_sm90_decode",
+        "cuda_sm90_decode_screened", "cuda_sm90_key_rows"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
     const bool gradients = operations == Operations::all || operations == Operations::backward;
     for (const bool warm_up : {false, true}) {

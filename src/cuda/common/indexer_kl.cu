@@ -103,15 +103,17 @@ __global__ void __launch_bounds__(kThreads)
   Row row;
   if (!row.find(g)) return;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  double loss = 0.0;
-  for (std::int64_t slot = lane; slot < row.slots; slot += 32) {
-    if (attends(g, row.row, row.head, row.visible, slot)) {
-      loss += g.pair_losses[g.pair(row.row, row.head, slot)];
+  if (g.pair_losses != nullptr) {
+    double loss = 0.0;
+    for (std::int64_t slot = lane; slot < row.slots; slot += 32) {
+      if (attends(g, row.row, row.head, row.visible, slot)) {
+        loss += g.pair_losses[g.pair(row.row, row.head, slot)];
+      }
     }
-  }
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) loss += __shfl_xor_sync(~0u, loss, lanes);
-  if (lane == 0) g.losses[row.row * g.num_kv_heads + row.head] = loss;
+    for (int lanes = 16; lanes > 0; lanes /= 2) loss += __shfl_xor_sync(~0u, loss, lanes);
+    if (lane == 0) g.losses[row.row * g.num_kv_heads + row.head] = loss;
+  }
   if (g.dindex_q.data == nullptr) return;
   std::byte* const to = g.dindex_q.at(row.row, row.head);
   // Four dimensions a lane; several slots' parts are under way at once.
@@ -163,9 +165,7 @@ __global__ void __launch_bounds__(kLossThreads)
   __shared__ double sums[kLossThreads];
   const int thread = static_cast<int>(threadIdx.x);
   double sum = 0.0;
-  for (std::int64_t i = thread; i < g.total_q * g.num_kv_heads; i += kLossThreads) {
-    sum += g.losses[i];
-  }
+  for (std::int64_t i = thread; i < g.num_losses; i += kLossThreads) sum += g.losses[i];
   sums[thread] = sum;
   __syncthreads();
   for (int others = kLossThreads / 2; others > 0; others /= 2) {
@@ -199,7 +199,7 @@ struct Plan {
 };
 
 /// Memory comes from `layout`, which may count only.
-Plan lay_out(const IndexerKlBackward& args, std::int64_t window_bytes,
+Plan lay_out(const IndexerKlBackward& args, std::int64_t window_bytes, KlLosses losses,
              core::WorkspaceLayout& layout) {
   const Problem& p = args.problem;
   const std::int64_t total_q = args.q.shape[0];
@@ -262,8 +262,14 @@ Plan lay_out(const IndexerKlBackward& args, std::int64_t window_bytes,
   }
   g.student_lse = layout.take<float>(total_q * p.num_kv_heads);
   g.student_statistics = layout.take<float2>(pairs);
-  g.pair_losses = layout.take<double>(pairs);
-  g.losses = layout.take<double>(total_q * p.num_kv_heads);
+  if (losses == KlLosses::of_pairs) {
+    g.pair_losses = layout.take<double>(pairs);
+    g.num_losses = total_q * p.num_kv_heads;
+  } else {
+    const dim3 grid = kl::grid_of(g);
+    g.num_losses = std::int64_t{grid.x} * grid.y;
+  }
+  g.losses = layout.take<double>(g.num_losses);
   if (gradients) {
     g.ds = layout.take<std::uint16_t>(pairs * g.piece_size);
     g.dindex_q_parts = layout.take<float>(pairs * g.index_dim);
@@ -302,9 +308,10 @@ std::optional<std::string> declines_indexer_kl(const IndexerKlBackward& args, co
   return declines_query_lists(args);
 }
 
-std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64_t window_bytes) {
+std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64_t window_bytes,
+                                       KlLosses losses) {
   core::WorkspaceLayout layout;
-  lay_out(args, window_bytes, layout);
+  lay_out(args, window_bytes, losses, layout);
   return layout.bytes();
 }
 
@@ -313,7 +320,7 @@ void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
                     Stream given_stream) {
   const cudaStream_t stream = stream_of(given_stream);
   core::WorkspaceLayout layout(workspace.data());
-  const auto [first, lists] = lay_out(args, window_bytes, layout);
+  const auto [first, lists] = lay_out(args, window_bytes, score_gradients.losses, layout);
   const DType dtype = args.q.dtype;
   const bool gradients = args.dindex_q.given();
   if (first.total_q > 0) build_query_lists(lists, stream);
@@ -323,6 +330,10 @@ void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
         sizeof(float) *
             static_cast<std::size_t>(first.num_kv_heads * first.total_k * first.index_dim),
         stream));
+  }
+  if (score_gradients.losses == KlLosses::of_ctas) {
+    MSA_CUDA_CHECK(cudaMemsetAsync(
+        first.losses, 0, sizeof(double) * static_cast<std::size_t>(first.num_losses), stream));
   }
   Params g = first;
   for (g.first_row = 0; g.first_row < g.total_q; g.first_row += first.num_rows) {

@@ -40,12 +40,13 @@ struct Params {
   float* student_lse;          ///< [total_q][num_kv_heads], base 2
   float2* teacher_statistics;  ///< without given_lse: [pairs][group_size], maximum and sum, base 2
   float2* student_statistics;  ///< [pairs]
-  double* pair_losses;         ///< [pairs]
+  double* pair_losses;         ///< [pairs], or null where score gradients add to `losses`
   void* ds;                    ///< [pairs][piece_size], 16 bits, times ds_scale; with gradients
   float* dindex_q_parts;       ///< [pairs][index_dim], with gradients
-  double* losses;              ///< [total_q][num_kv_heads]
-  float* dindex_k_sums;        ///< [num_kv_heads][total_k][index_dim], with gradients
-  Rows dindex_q;               ///< data is null without gradients
+  double* losses;  ///< [total_q][num_kv_heads], or one of each CTA of the score gradients' grid
+  std::int64_t num_losses;
+  float* dindex_k_sums;  ///< [num_kv_heads][total_k][index_dim], with gradients
+  Rows dindex_q;         ///< data is null without gradients
   Rows dindex_k;
   std::byte* loss;                   ///< or null
   bool wide_loss;                    ///< f64, else f32
@@ -82,6 +83,13 @@ struct Params {
 /// A CTA of the kernels that walk queries takes so many, or a block that all attend would be the
 /// work of one CTA.
 inline constexpr int kQueriesPerPart = 1024;
+
+/// Of the kernels that walk queries: pieces, and parts of their queries by KV head.
+inline dim3 grid_of(const Params& g) {
+  const std::int64_t parts = ceil_div(g.num_rows, kQueriesPerPart);
+  return {static_cast<unsigned>(g.lists.num_bins * g.pieces_per_block),
+          static_cast<unsigned>(parts * g.num_kv_heads)};
+}
 
 /// Tokens of the widest piece for rows of kDim elements: what shared memory and registers hold.
 inline constexpr int most_keys(int padded_dim) { return padded_dim == 128 ? 128 : 64; }

@@ -27,10 +27,15 @@ void launch_kl_statistics(const kl::Params& g, DType dtype, cudaStream_t stream)
 void launch_kl_score_gradients(const kl::Params& g, DType dtype, cudaStream_t stream);
 void launch_kl_index_gradients(const kl::Params& g, DType dtype, cudaStream_t stream);
 
+/// What score gradients leave of the loss: a number of each pair, or a sum of each CTA of
+/// kl::grid_of, to which the CTA of that place adds window by window.
+enum class KlLosses { of_pairs, of_ctas };
+
 /// The second of them, as a backend has it.
 struct KlScoreGradients {
   void (*launch)(const void* context, const kl::Params& g, DType dtype, cudaStream_t stream);
   const void* context;
+  KlLosses losses = KlLosses::of_pairs;
 };
 inline constexpr KlScoreGradients kKlScoreGradients = {
     [](const void*, const kl::Params& g, DType dtype, cudaStream_t stream) {
@@ -42,7 +47,8 @@ inline constexpr KlScoreGradients kKlScoreGradients = {
 inline constexpr std::int64_t kKlWindowBytes = std::int64_t{512} << 20;
 
 std::optional<std::string> declines_indexer_kl(const IndexerKlBackward& args, const Options&);
-std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64_t window_bytes);
+std::size_t indexer_kl_workspace_bytes(const IndexerKlBackward& args, std::int64_t window_bytes,
+                                       KlLosses losses = KlLosses::of_pairs);
 void run_indexer_kl(const IndexerKlBackward& args, std::int64_t window_bytes,
                     const KlScoreGradients& score_gradients, std::span<std::byte> workspace,
                     Stream stream);

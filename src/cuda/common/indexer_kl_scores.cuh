@@ -248,12 +248,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kDim, kKeys>)
   }
 }
 
-inline dim3 grid_of(const Params& g) {
-  const std::int64_t parts = ceil_div(g.num_rows, kQueriesPerPart);
-  return {static_cast<unsigned>(g.lists.num_bins * g.pieces_per_block),
-          static_cast<unsigned>(parts * g.num_kv_heads)};
-}
-
 template <class T>
 void launch_statistics(const Params& g, cudaStream_t stream) {
   with_tiles(g, [&]<int kDim, int kKeys>() {

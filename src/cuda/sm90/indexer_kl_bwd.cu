@@ -15,22 +15,25 @@
 #include "cuda/common/swizzle.cuh"
 #include "cuda/common/tensor_map.hpp"
 #include "cuda/cuda.hpp"
+#include "cuda/sm90/indexer_kl_key_rows.cuh"
 
 namespace msa::cuda::sm90 {
 namespace {
 
 using namespace kl;
 
-constexpr int kDim = 128;
-constexpr int kKeys = 128;
-constexpr int kGroup = 16;    // heads
+using key_rows::kDim;
+using key_rows::kGroup;
+using key_rows::kKeyBytes;
+using key_rows::kKeys;
+using key_rows::kPanels;
+using key_rows::kTokenBytes;
+using key_rows::q_descriptor;
+
 constexpr int kQueries = 64;  // at a time
 constexpr int kWarps = 4;     // of the consumers; the producer follows
 constexpr int kThreads = (kWarps + 1) * 32;
 constexpr int kStages = 2;
-constexpr int kPanels = kDim / 64;
-constexpr std::uint32_t kKeyBytes = kKeys * kDim * 2;
-constexpr std::uint32_t kTokenBytes = kGroup * kDim * 2;
 constexpr std::uint32_t kTileBytes = kWarps * kTokenBytes;
 constexpr std::uint32_t kIndexBytes = kQueries * kDim * 2;
 
@@ -45,14 +48,6 @@ constexpr std::uint32_t kIndexQFull = kQEmpty + kStages * 8;
 constexpr std::uint32_t kIndexQEmpty = kIndexQFull + 8;
 constexpr std::uint32_t kSmemBytes = kIndexQEmpty + 8;
 static_assert(2 * (kSmemBytes + 1024) <= 228 * 1024);  // two CTAs, each with what CUDA takes
-
-/// q: rows in groups of 8, each kPanels panels of 8 x 128 bytes, so that one box is one query.
-__device__ __forceinline__ std::uint64_t q_descriptor(std::uint32_t address, int step) {
-  const std::uint32_t from = address + static_cast<std::uint32_t>(step / 4 * 1024 + step % 4 * 32);
-  const std::uint32_t low = (from & 0x3FFFF) >> 4 | 1u << 16;
-  constexpr std::uint32_t kHigh = kPanels * 1024 >> 4 | 1u << 30;
-  return std::uint64_t{kHigh} << 32 | low;
-}
 
 /// Query i of 64 is row i % 4 * 16 + i / 4: warp w has the queries 4 n + w, and n are its rows.
 __device__ __forceinline__ int row_of_query(int i) { return i % kWarps * 16 + i / kWarps; }
@@ -266,14 +261,18 @@ struct Maps {
 void launch_score_gradients(const void* context, const Params& g, DType dtype,
                             cudaStream_t stream) {
   const Maps& maps = *static_cast<const Maps*>(context);
-  const std::int64_t parts = ceil_div(g.num_rows, kQueriesPerPart);
   launch(
       dtype == DType::f16 ? score_gradients_kernel<__half> : score_gradients_kernel<__nv_bfloat16>,
-      {.grid = dim3(static_cast<unsigned>(g.lists.num_bins * g.pieces_per_block),
-                    static_cast<unsigned>(parts * g.num_kv_heads)),
-       .threads = kThreads,
-       .smem_bytes = kSmemBytes},
-      stream, maps.q, maps.k, maps.index_q, maps.index_k, g);
+      {.grid = grid_of(g), .threads = kThreads, .smem_bytes = kSmemBytes}, stream, maps.q, maps.k,
+      maps.index_q, maps.index_k, g);
+}
+
+void launch_key_rows(const void* context, const Params& g, DType dtype, cudaStream_t stream) {
+  const Maps& maps = *static_cast<const Maps*>(context);
+  launch(dtype == DType::f16 ? key_rows::score_gradients_kernel<__half>
+                             : key_rows::score_gradients_kernel<__nv_bfloat16>,
+         {.grid = grid_of(g), .threads = key_rows::kThreads, .smem_bytes = key_rows::kSmemBytes},
+         stream, maps.q, maps.k, maps.index_q, maps.index_k, g);
 }
 
 std::optional<std::string> declines(const IndexerKlBackward& args, const Options& options) {
@@ -294,14 +293,16 @@ std::optional<std::string> declines(const IndexerKlBackward& args, const Options
   return declines_indexer_kl(args, options);
 }
 
-void run(const IndexerKlBackward& args, std::span<std::byte> workspace, Stream stream) {
+void run_with(KlScoreGradients score_gradients, const IndexerKlBackward& args,
+              std::span<std::byte> workspace, Stream stream) {
   Maps maps{};
   // Without queries or keys no kernel reads any.
   if (args.q.shape[0] > 0 && args.k.shape[0] > 0) {
     maps = {make_q_map(args.q), make_k_map(args.k), make_index_q_map(args.index_q),
             make_k_map(args.index_k)};
   }
-  run_indexer_kl(args, kKlWindowBytes, {launch_score_gradients, &maps}, workspace, stream);
+  score_gradients.context = &maps;
+  run_indexer_kl(args, kKlWindowBytes, score_gradients, workspace, stream);
 }
 
 }  // namespace
@@ -313,6 +314,20 @@ const ::msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackward = {
     .workspace_bytes = [](const IndexerKlBackward& args) -> std::size_t {
       return indexer_kl_workspace_bytes(args, kKlWindowBytes);
     },
-    .run = run};
+    .run =
+        [](const IndexerKlBackward& args, std::span<std::byte> workspace, Stream stream) {
+          run_with({launch_score_gradients, nullptr}, args, workspace, stream);
+        }};
+const ::msa::detail::Implementation<IndexerKlBackward> kIndexerKlBackwardKeyRows = {
+    .name = "cuda_sm90_key_rows",
+    .dtypes = "f16 bf16",
+    .declines = declines,
+    .workspace_bytes = [](const IndexerKlBackward& args) -> std::size_t {
+      return indexer_kl_workspace_bytes(args, kKlWindowBytes, KlLosses::of_ctas);
+    },
+    .run =
+        [](const IndexerKlBackward& args, std::span<std::byte> workspace, Stream stream) {
+          run_with({launch_key_rows, nullptr, KlLosses::of_ctas}, args, workspace, stream);
+        }};
 
 }  // namespace msa::cuda::sm90

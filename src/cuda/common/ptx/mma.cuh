@@ -59,6 +59,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&to)[4], std::u
                : "r"(address)
                : "memory");
 }
+/// An 8 x 8 matrix of 16-bit elements, lane l holding elements 2 (l % 4) and + 1 of row l / 4.
+__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t elements) {
+  std::uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(elements));
+  return transposed;
+}
 /// The inverse of ldmatrix_x4 (sm_90).
 __device__ __forceinline__ void stmatrix_x4(std::uint32_t address, std::uint32_t r0,
                                             std::uint32_t r1, std::uint32_t r2, std::uint32_t r3) {
