@@ -128,6 +128,7 @@ def indexer_kl_loss(
     block_ids: Tensor | None = None,
     *,
     block_size: int = 128,
+    lse: Tensor | None = None,  # msa_cpp.torch's, which saves a pass; here it is None
     loss_coefficient: float = 1.0,
     cu_seqlens_q: Tensor | None = None,
 ) -> Tensor:

@@ -170,12 +170,12 @@ class Layer(nn.Module):
         # Where every query selects all that it sees, both stages are the same.
         if stage == "sparse" and int(x.shape[0]) // (cu.numel() - 1) > self.config.block_size * self.config.top_k:
             block_ids = ops.indexer(index_q, index_k, top_k=self.config.top_k, **shared)
-            out, _ = ops.sparse_attention(q, k, v, block_ids, **shared)
+            out, lse = ops.sparse_attention(q, k, v, block_ids, **shared)
         else:
-            out, _ = ops.dense_attention(q, k, v, **shared)
+            out, lse = ops.dense_attention(q, k, v, **shared)
         loss = None
         if torch.is_grad_enabled():
-            loss = ops.indexer_kl_loss(q, k, index_q, index_k, block_ids, **shared)
+            loss = ops.indexer_kl_loss(q, k, index_q, index_k, block_ids, lse=lse, **shared)
         return self.finish(x, out), loss
 
 

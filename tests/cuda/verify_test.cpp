@@ -50,6 +50,7 @@ bool must_take(const std::string& backend, const std::string& operation, const C
     return false;
   }
   if (backend == "cuda_generic") return true;
+  if (backend == "cuda_sm90_key_rows" || backend == "cuda_sm90_decode_fused") return false;
   if (backend == "cuda_sm90_kv_outer" && spec.fp8 != Fp8::none) return false;
   if (backend == "cuda_sm90_decode_screened") {
     return operation == "Indexer" && spec.index_codes && p.index_dim == 128 &&
@@ -143,7 +144,7 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
   };
   for (const std::string backend :
        {"cuda_generic", "cuda_sm90", "cuda_sm90_kv_outer", "cuda_sm90_decode",
-        "cuda_sm90_decode_screened", "cuda_sm90_key_rows"}) {
+        "cuda_sm90_decode_screened", "cuda_sm90_decode_fused", "cuda_sm90_key_rows"}) {
     if (!wanted("MSA_GPU_BACKENDS", backend)) continue;
     const bool gradients = operations == Operations::all || operations == Operations::backward;
     for (const bool warm_up : {false, true}) {
@@ -159,6 +160,7 @@ void verify_case(const Case& spec, const Effort& effort, Operations operations =
     if (operations == Operations::index) continue;
     one(backend, SelectTopK{});
     one(backend, SparseAttentionForward{});
+    one(backend, IndexedAttentionForward{});
     one(backend, DenseAttentionForward{});
     one(backend, AppendKv{});
     one(backend, NormRopeAppendKv{});

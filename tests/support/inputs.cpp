@@ -547,6 +547,20 @@ SparseAttentionForward Inputs::args() {
           .v_scale = of_all_heads(v_scale)};
 }
 template <>
+IndexedAttentionForward Inputs::args() {
+  return {.problem = spec.problem,
+          .batch = batch,
+          .index_q = index_q,
+          .index_k = index_k,
+          .index_k_codes = index_k_codes,
+          .index_k_scales = index_k_scales,
+          .q = q,
+          .k = k,
+          .v = v,
+          .k_scale = of_all_heads(k_scale),
+          .v_scale = of_all_heads(v_scale)};
+}
+template <>
 DenseAttentionForward Inputs::args() {
   return {.problem = spec.problem,
           .batch = batch,
@@ -668,6 +682,9 @@ Outputs::Outputs(const Inputs& inputs, Args& args, bool wide) {
     add_like("dindex_q", args.dindex_q, args.index_q);
     add_like("dindex_k", args.dindex_k, args.index_k);
   } else if constexpr (requires { args.out; }) {
+    if constexpr (requires { args.index_q; }) {
+      add("block_ids", args.block_ids, DType::i32, {p.num_kv_heads, inputs.total_q, p.top_k});
+    }
     add_like("out", args.out, args.q);
     add("lse", args.lse, statistic, {inputs.total_q, p.num_q_heads});
   } else if constexpr (requires { args.block_ids; }) {
@@ -687,6 +704,7 @@ MSA_INSTANTIATE(IndexerScores)
 MSA_INSTANTIATE(SelectTopK)
 MSA_INSTANTIATE(Indexer)
 MSA_INSTANTIATE(SparseAttentionForward)
+MSA_INSTANTIATE(IndexedAttentionForward)
 MSA_INSTANTIATE(DenseAttentionForward)
 MSA_INSTANTIATE(SparseAttentionBackward)
 MSA_INSTANTIATE(IndexerKlBackward)

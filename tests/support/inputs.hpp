@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/indexed_attention.hpp"
 #include "core/operation.hpp"
 #include "tests/cases.hpp"
 #include "tests/support/guarded_tensor.hpp"
@@ -102,6 +103,8 @@ template <>
 Indexer Inputs::args();
 template <>
 SparseAttentionForward Inputs::args();
+template <>
+IndexedAttentionForward Inputs::args();
 template <>
 DenseAttentionForward Inputs::args();
 template <>

@@ -258,6 +258,10 @@ Outcome verify(Inputs& inputs, const char* backend, const Effort& effort) {
       judge(inputs, args, outcome, outputs);
     } else if constexpr (requires { judge(inputs, args, backend, outcome); }) {
       judge(inputs, args, backend, outcome);
+    } else if constexpr (std::is_same_v<Args, IndexedAttentionForward>) {
+      // The selection, and the attention on whatever was selected.
+      judge_values(inputs, core::indexer_of(args), backend, effort, outcome);
+      judge_values(inputs, core::attention_of(args), backend, effort, outcome);
     } else {
       judge_values(inputs, args, backend, effort, outcome);
     }
@@ -270,6 +274,7 @@ template Outcome verify<IndexerScores>(Inputs&, const char*, const Effort&);
 template Outcome verify<SelectTopK>(Inputs&, const char*, const Effort&);
 template Outcome verify<Indexer>(Inputs&, const char*, const Effort&);
 template Outcome verify<SparseAttentionForward>(Inputs&, const char*, const Effort&);
+template Outcome verify<IndexedAttentionForward>(Inputs&, const char*, const Effort&);
 template Outcome verify<DenseAttentionForward>(Inputs&, const char*, const Effort&);
 template Outcome verify<SparseAttentionBackward>(Inputs&, const char*, const Effort&);
 template Outcome verify<IndexerKlBackward>(Inputs&, const char*, const Effort&);

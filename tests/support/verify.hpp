@@ -50,6 +50,7 @@ void verify_all(Inputs& inputs, const char* backend, Visit visit, const Effort& 
   visit("SelectTopK", verify<SelectTopK>(inputs, backend, effort));
   visit("Indexer", verify<Indexer>(inputs, backend, effort));
   visit("SparseAttentionForward", verify<SparseAttentionForward>(inputs, backend, effort));
+  visit("IndexedAttentionForward", verify<IndexedAttentionForward>(inputs, backend, effort));
   visit("DenseAttentionForward", verify<DenseAttentionForward>(inputs, backend, effort));
   // Gradients on the selected blocks, then on the dense support of the warm-up stage.
   for (const bool warm_up : {false, true}) {
