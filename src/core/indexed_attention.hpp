@@ -7,6 +7,21 @@
 #include "core/operation.hpp"
 #include "msa/indexed_attention.hpp"
 
+/// apply(Args) for every operation of the library.
+// clang-format off
+#define MSA_FOR_EACH_OPERATION(apply) \
+  apply(IndexerScores) \
+  apply(SelectTopK) \
+  apply(Indexer) \
+  apply(SparseAttentionForward) \
+  apply(IndexedAttentionForward) \
+  apply(DenseAttentionForward) \
+  apply(SparseAttentionBackward) \
+  apply(IndexerKlBackward) \
+  apply(AppendKv) \
+  apply(NormRopeAppendKv)
+// clang-format on
+
 namespace msa::core {
 
 constexpr const char* operation_name(const IndexedAttentionForward&) {

@@ -116,16 +116,7 @@ void Plan<Args>::run(const Args& args, std::span<std::byte> workspace, Stream st
 #define MSA_INSTANTIATE(Args)        \
   template class MSA_API Plan<Args>; \
   Plan<Args> plan(const Args& args, const Options& options) { return make_plan(args, options); }
-MSA_INSTANTIATE(IndexerScores)
-MSA_INSTANTIATE(SelectTopK)
-MSA_INSTANTIATE(Indexer)
-MSA_INSTANTIATE(SparseAttentionForward)
-MSA_INSTANTIATE(IndexedAttentionForward)
-MSA_INSTANTIATE(DenseAttentionForward)
-MSA_INSTANTIATE(SparseAttentionBackward)
-MSA_INSTANTIATE(IndexerKlBackward)
-MSA_INSTANTIATE(AppendKv)
-MSA_INSTANTIATE(NormRopeAppendKv)
+MSA_FOR_EACH_OPERATION(MSA_INSTANTIATE)
 #undef MSA_INSTANTIATE
 
 }  // namespace msa

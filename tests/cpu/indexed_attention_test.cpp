@@ -22,24 +22,6 @@ void run(const Args& args, const char* backend) {
   plan.run(args, workspace.span());
 }
 
-IndexedAttentionForward join(const Indexer& index, const SparseAttentionForward& attend) {
-  return {.problem = index.problem,
-          .batch = index.batch,
-          .index_q = index.index_q,
-          .index_k = index.index_k,
-          .index_k_codes = index.index_k_codes,
-          .index_k_scales = index.index_k_scales,
-          .q = attend.q,
-          .k = attend.k,
-          .v = attend.v,
-          .softmax_scale = attend.softmax_scale,
-          .block_ids = index.block_ids,
-          .out = attend.out,
-          .lse = attend.lse,
-          .k_scale = attend.k_scale,
-          .v_scale = attend.v_scale};
-}
-
 Case step(Keys keys, DType dtype) {
   return {.name = "step",
           .dtype = dtype,
@@ -54,22 +36,22 @@ TEST(IndexedAttention, IsIndexerThenAttention) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
         SCOPED_TRACE(::testing::Message() << backend << " " << name_of(dtype));
         Inputs inputs(step(keys, dtype));
+        auto parts = inputs.args<IndexedAttentionForward>();
+        const Outputs of_parts(inputs, parts);
         auto index = inputs.args<Indexer>();
-        const Outputs ids(inputs, index);
-        auto attend = inputs.args<SparseAttentionForward>();
-        const Outputs rows(inputs, attend);
-        attend.block_ids = index.block_ids;
+        index.block_ids = parts.block_ids;
         run(index, backend);
+        auto attend = inputs.args<SparseAttentionForward>();
+        attend.block_ids = parts.block_ids;
+        attend.out = parts.out;
+        attend.lse = parts.lse;
         run(attend, backend);
 
-        auto index_of_step = inputs.args<Indexer>();
-        const Outputs ids_of_step(inputs, index_of_step);
-        auto attend_of_step = inputs.args<SparseAttentionForward>();
-        const Outputs rows_of_step(inputs, attend_of_step);
-        run(join(index_of_step, attend_of_step), backend);
-        EXPECT_EQ(ids_of_step.difference(ids), "");
-        EXPECT_EQ(rows_of_step.difference(rows), "");
-        EXPECT_EQ(ids_of_step.damaged() + rows_of_step.damaged() + inputs.changed(), "");
+        auto whole = inputs.args<IndexedAttentionForward>();
+        const Outputs of_whole(inputs, whole);
+        run(whole, backend);
+        EXPECT_EQ(of_whole.difference(of_parts), "");
+        EXPECT_EQ(of_whole.damaged() + of_parts.damaged() + inputs.changed(), "");
       }
     }
   }
@@ -77,11 +59,8 @@ TEST(IndexedAttention, IsIndexerThenAttention) {
 
 TEST(IndexedAttention, RefusesTensorsThatDoNotFit) {
   Inputs inputs(step(Keys::paged, DType::f32));
-  auto index = inputs.args<Indexer>();
-  const Outputs ids(inputs, index);
-  auto attend = inputs.args<SparseAttentionForward>();
-  const Outputs rows(inputs, attend);
-  const IndexedAttentionForward good = join(index, attend);
+  auto good = inputs.args<IndexedAttentionForward>();
+  const Outputs outputs(inputs, good);
   EXPECT_STREQ(msa::plan(good).implementation(), "cpu");
   IndexedAttentionForward bad = good;
   bad.index_q.shape[0] -= 1;

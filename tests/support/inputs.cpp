@@ -548,17 +548,19 @@ SparseAttentionForward Inputs::args() {
 }
 template <>
 IndexedAttentionForward Inputs::args() {
-  return {.problem = spec.problem,
-          .batch = batch,
-          .index_q = index_q,
-          .index_k = index_k,
-          .index_k_codes = index_k_codes,
-          .index_k_scales = index_k_scales,
-          .q = q,
-          .k = k,
-          .v = v,
-          .k_scale = of_all_heads(k_scale),
-          .v_scale = of_all_heads(v_scale)};
+  const auto index = args<Indexer>();
+  const auto attend = args<SparseAttentionForward>();
+  return {.problem = index.problem,
+          .batch = index.batch,
+          .index_q = index.index_q,
+          .index_k = index.index_k,
+          .index_k_codes = index.index_k_codes,
+          .index_k_scales = index.index_k_scales,
+          .q = attend.q,
+          .k = attend.k,
+          .v = attend.v,
+          .k_scale = attend.k_scale,
+          .v_scale = attend.v_scale};
 }
 template <>
 DenseAttentionForward Inputs::args() {
@@ -645,16 +647,7 @@ bool Inputs::supports() const {
 // NOLINTBEGIN(bugprone-macro-parentheses): the argument is a type
 #define MSA_INSTANTIATE(Args) template bool Inputs::supports<Args>() const;
 // NOLINTEND(bugprone-macro-parentheses)
-MSA_INSTANTIATE(IndexerScores)
-MSA_INSTANTIATE(SelectTopK)
-MSA_INSTANTIATE(Indexer)
-MSA_INSTANTIATE(SparseAttentionForward)
-MSA_INSTANTIATE(IndexedAttentionForward)
-MSA_INSTANTIATE(DenseAttentionForward)
-MSA_INSTANTIATE(SparseAttentionBackward)
-MSA_INSTANTIATE(IndexerKlBackward)
-MSA_INSTANTIATE(AppendKv)
-MSA_INSTANTIATE(NormRopeAppendKv)
+MSA_FOR_EACH_OPERATION(MSA_INSTANTIATE)
 #undef MSA_INSTANTIATE
 
 }  // namespace msa::testing

@@ -101,16 +101,7 @@ std::vector<std::span<std::byte>> Outputs::buffers() const {
 #define MSA_INSTANTIATE(Args) \
   template Outputs::Outputs(const Inputs& inputs, Args& args, bool wide);
 // NOLINTEND(bugprone-macro-parentheses)
-MSA_INSTANTIATE(IndexerScores)
-MSA_INSTANTIATE(SelectTopK)
-MSA_INSTANTIATE(Indexer)
-MSA_INSTANTIATE(SparseAttentionForward)
-MSA_INSTANTIATE(IndexedAttentionForward)
-MSA_INSTANTIATE(DenseAttentionForward)
-MSA_INSTANTIATE(SparseAttentionBackward)
-MSA_INSTANTIATE(IndexerKlBackward)
-MSA_INSTANTIATE(AppendKv)
-MSA_INSTANTIATE(NormRopeAppendKv)
+MSA_FOR_EACH_OPERATION(MSA_INSTANTIATE)
 #undef MSA_INSTANTIATE
 
 }  // namespace msa::testing

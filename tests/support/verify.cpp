@@ -270,15 +270,10 @@ Outcome verify(Inputs& inputs, const char* backend, const Effort& effort) {
   return outcome;
 }
 
-template Outcome verify<IndexerScores>(Inputs&, const char*, const Effort&);
-template Outcome verify<SelectTopK>(Inputs&, const char*, const Effort&);
-template Outcome verify<Indexer>(Inputs&, const char*, const Effort&);
-template Outcome verify<SparseAttentionForward>(Inputs&, const char*, const Effort&);
-template Outcome verify<IndexedAttentionForward>(Inputs&, const char*, const Effort&);
-template Outcome verify<DenseAttentionForward>(Inputs&, const char*, const Effort&);
-template Outcome verify<SparseAttentionBackward>(Inputs&, const char*, const Effort&);
-template Outcome verify<IndexerKlBackward>(Inputs&, const char*, const Effort&);
-template Outcome verify<AppendKv>(Inputs&, const char*, const Effort&);
-template Outcome verify<NormRopeAppendKv>(Inputs&, const char*, const Effort&);
+// NOLINTBEGIN(bugprone-macro-parentheses): the argument is a type
+#define MSA_INSTANTIATE(Args) template Outcome verify<Args>(Inputs&, const char*, const Effort&);
+// NOLINTEND(bugprone-macro-parentheses)
+MSA_FOR_EACH_OPERATION(MSA_INSTANTIATE)
+#undef MSA_INSTANTIATE
 
 }  // namespace msa::testing

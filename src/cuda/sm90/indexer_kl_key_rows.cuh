@@ -291,13 +291,13 @@ __device__ __forceinline__ float finish_octet(const Params& g, const float (&sum
   return loss;
 }
 
-/// The sum over the consumers, in thread 0.
+/// The sum over the threads of the CTA.
 __device__ __forceinline__ double sum_of_cta(double x, char* smem) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   auto* const sums = reinterpret_cast<double*>(smem + kLosses);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  ptx::named_barrier_sync(1, kThreads);
+  __syncthreads();
   double sum = 0.0;
   for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
   return sum;
